@@ -1,0 +1,423 @@
+"""The modules that `patch` puts in the place of stock ones, one per fused piece.
+
+Each is for inference only, keeps the stock module that it replaces in `stock` (outside the module
+tree: no parameters, no state_dict entries), and keeps it in step through `.to()` and `.half()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import fold, ops
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Swapped(nn.Module):
+    """Base of all modules that stand for a stock one.
+
+    Args:
+        stock: the module replaced, or None where the stock form was a function call.
+    """
+
+    stock: nn.Module | None
+    #: what `report` calls the layer
+    kind: str
+    #: the kernel that takes it, as `report` and the profiler name it
+    kernel: str
+
+    def __init__(self, stock: nn.Module | None) -> None:
+        super().__init__()
+        # Not a registered child: it must not show in parameters(), state_dict() or modules().
+        self.__dict__["stock"] = stock
+        self.eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Swapped:
+        super()._apply(fn, recurse)
+        if self.stock is not None:
+            self.stock._apply(fn, recurse)
+        return self
+
+    def _require_eval(self) -> None:
+        if self.training:
+            raise RuntimeError(
+                f"torch_mbv2: {type(self).__name__} is for inference only: "
+                "call model.eval(), or train torch_mbv2.unpatch(model)"
+            )
+
+
+def _frozen(x: Tensor | None) -> nn.Parameter | None:
+    return None if x is None else nn.Parameter(x.detach().clone(), requires_grad=False)
+
+
+def _activation_repr(act_min: float | None, act_max: float | None) -> str:
+    if act_min is None and act_max is None:
+        return ""
+    if act_min == 0 and act_max is None:
+        return ", activation=relu"
+    if act_min == 0 and act_max == 6:
+        return ", activation=relu6"
+    return f", activation=({act_min}, {act_max})"
+
+
+class FusedConv2d(Swapped):
+    """nn.Conv2d with the zero padding before it and the batch norm and activation after it.
+
+    Equivalent: `act(norm(conv(F.pad(x, padding))))`; see `ops.conv2d`.
+    """
+
+    def __init__(
+        self,
+        stock: nn.Conv2d,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: Sequence[int] | None,
+        act_min: float | None,
+        act_max: float | None,
+    ) -> None:
+        super().__init__(stock)
+        self.weight = nn.Parameter(fold.pack_conv_weight(weight), requires_grad=False)
+        self.bias = _frozen(bias)
+        self.in_channels = stock.in_channels
+        self.out_channels = stock.out_channels
+        self.kernel_size = tuple(stock.kernel_size)
+        self.stride = tuple(stock.stride)
+        #: (left, right, top, bottom), or None for TensorFlow's SAME, found from the input's size
+        self.padding = None if padding is None else tuple(padding)
+        self.dilation = tuple(stock.dilation)
+        self.groups = stock.groups
+        self.act_min = act_min
+        self.act_max = act_max
+
+    @classmethod
+    def from_stock(
+        cls,
+        conv: nn.Conv2d,
+        norm: nn.BatchNorm2d | None = None,
+        extra_padding: Sequence[int] = (0, 0, 0, 0),
+        same: bool = False,
+        act_min: float | None = None,
+        act_max: float | None = None,
+    ) -> FusedConv2d:
+        """Fuse `conv` with what stands around it.
+
+        Args:
+            conv: zero padding mode.
+            norm: the batch norm after it, in eval mode.
+            extra_padding: zeros added before it, (left, right, top, bottom).
+            same: pad as TensorFlow's SAME instead, from the input's size.
+            act_min, act_max: the activation's bounds; None is open.
+        """
+        weight, bias = conv.weight, conv.bias
+        if norm is not None:
+            weight, bias = fold.fold_batch_norm(weight, bias, norm)
+        own = conv_padding(conv)
+        padding = None if same else [a + b for a, b in zip(own, extra_padding, strict=True)]
+        return cls(conv, weight, bias, padding, act_min, act_max)
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        if self.groups == self.in_channels == self.out_channels and self.groups > 1:
+            return "depthwise"
+        if self.kernel_size == (1, 1) and self.groups == 1:
+            return "pointwise"
+        return "conv2d"
+
+    @property
+    def kernel(self) -> str:  # type: ignore[override]
+        if self.groups == self.in_channels == self.out_channels:
+            return "conv_depthwise"
+        plain = self.stride == (1, 1) and self.padding == (0, 0, 0, 0) and self.groups == 1
+        return "gemm" if self.kernel_size == (1, 1) and plain else "conv_implicit_gemm"
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._require_eval()
+        ops._refuse_grad("conv2d", input)
+        padding = self.padding
+        if padding is None:
+            padding = same_padding(input, self.kernel_size, self.stride, self.dilation)
+        return ops._conv2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.act_min,
+            self.act_max,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={'same' if self.padding is None else self.padding}, "
+            f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+            + _activation_repr(self.act_min, self.act_max)
+        )
+
+
+def conv_padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """The zeros that `conv` adds: (left, right, top, bottom), in pixels."""
+    if conv.padding == "valid":
+        return (0, 0, 0, 0)
+    if conv.padding == "same":
+        sides = []
+        for kernel, dilation in zip(conv.kernel_size, conv.dilation, strict=True):
+            total = dilation * (kernel - 1)
+            sides.append((total // 2, total - total // 2))
+        (top, bottom), (left, right) = sides
+        return left, right, top, bottom
+    vertical, horizontal = conv.padding
+    return horizontal, horizontal, vertical, vertical
+
+
+def same_padding(
+    input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """TensorFlow's SAME padding of `input` (N, C, H, W): (left, right, top, bottom), such that the
+    output has ceil(size / stride) pixels and the odd zero goes to the right and the bottom."""
+    sides = []
+    for axis in range(2):
+        size = input.shape[2 + axis]
+        reach = dilation[axis] * (kernel_size[axis] - 1) + 1
+        total = max((-(-size // stride[axis]) - 1) * stride[axis] + reach - size, 0)
+        sides.append((total // 2, total - total // 2))
+    (top, bottom), (left, right) = sides
+    return left, right, top, bottom
+
+
+class FusedLinear(Swapped):
+    """nn.Linear with the activation after it. Equivalent: `act(linear(x))`; see `ops.linear`."""
+
+    kind = "linear"
+    kernel = "gemm"
+
+    def __init__(
+        self, stock: nn.Linear, act_min: float | None = None, act_max: float | None = None
+    ) -> None:
+        super().__init__(stock)
+        self.weight = nn.Parameter(stock.weight.detach().clone(), requires_grad=False)
+        self.bias = _frozen(stock.bias)
+        self.in_features = stock.in_features
+        self.out_features = stock.out_features
+        self.act_min = act_min
+        self.act_max = act_max
+
+    @classmethod
+    def from_stock(
+        cls, linear: nn.Linear, act_min: float | None = None, act_max: float | None = None
+    ) -> FusedLinear:
+        """Fuse `linear` with an activation of these bounds; None is open."""
+        return cls(linear, act_min, act_max)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._require_eval()
+        ops._refuse_grad("linear", input)
+        return ops._linear(input, self.weight, self.bias, self.act_min, self.act_max)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}" + _activation_repr(self.act_min, self.act_max)
+        )
+
+
+class AvgPool2d(Swapped):
+    """nn.AvgPool2d; see `ops.avg_pool2d`. A (C, H, W) input is taken as one image, as stock does."""
+
+    kind = "avg_pool2d"
+    kernel = "avg_pool2d"
+
+    def __init__(
+        self,
+        stock: nn.Module | None,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> None:
+        super().__init__(stock)
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.ceil_mode = ceil_mode
+        self.count_include_pad = count_include_pad
+        self.divisor_override = divisor_override
+
+    @classmethod
+    def from_stock(cls, pool: nn.AvgPool2d) -> AvgPool2d:
+        """The same pooling on our kernel."""
+        return cls(
+            pool,
+            pool.kernel_size,
+            pool.stride,
+            pool.padding,
+            pool.ceil_mode,
+            pool.count_include_pad,
+            pool.divisor_override,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._require_eval()
+        batched = input if input.dim() == 4 else input.unsqueeze(0)
+        out = ops.avg_pool2d(
+            batched,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+        return out if input.dim() == 4 else out.squeeze(0)
+
+    def extra_repr(self) -> str:
+        return (
+            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"ceil_mode={self.ceil_mode}, count_include_pad={self.count_include_pad}, "
+            f"divisor_override={self.divisor_override}"
+        )
+
+
+class GlobalAvgPool2d(Swapped):
+    """Adaptive average pooling to 1 x 1, or a mean over height and width; see
+    `ops.global_avg_pool2d`. What is no (N, C, H, W) image of floats is averaged by stock PyTorch.
+
+    Args:
+        stock: the module replaced, if any.
+        keepdim: return (N, C, 1, 1).
+        dims: the dimensions the stock form averages, to serve inputs that are not 4-D.
+    """
+
+    kind = "global_avg_pool2d"
+    kernel = "global_avg_pool2d"
+
+    def __init__(
+        self, stock: nn.Module | None, keepdim: bool, dims: Sequence[int] = (-2, -1)
+    ) -> None:
+        super().__init__(stock)
+        self.keepdim = keepdim
+        self.dims = tuple(dims)
+
+    @classmethod
+    def from_stock(cls, pool: nn.Module) -> GlobalAvgPool2d:
+        """The same as an adaptive pooling to 1 x 1 on our kernel."""
+        return cls(pool, keepdim=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._require_eval()
+        if input.dim() != 4 or input.dtype not in _FLOATS:
+            return input.mean(self.dims, keepdim=self.keepdim)
+        return ops.global_avg_pool2d(input, self.keepdim)
+
+    def extra_repr(self) -> str:
+        return f"keepdim={self.keepdim}"
+
+
+class Add(Swapped):
+    """The residual add, with the activation after it; see `ops.add`. Operands that are not two
+    tensors of one shape and float dtype are added by stock PyTorch."""
+
+    kind = "add"
+    kernel = "add"
+
+    def __init__(
+        self,
+        stock: nn.Module | None = None,
+        act_min: float | None = None,
+        act_max: float | None = None,
+    ) -> None:
+        super().__init__(stock)
+        self.act_min = act_min
+        self.act_max = act_max
+
+    @classmethod
+    def from_stock(
+        cls, add: nn.Module, act_min: float | None = None, act_max: float | None = None
+    ) -> Add:
+        """Stand for `add`, a module that adds its two inputs."""
+        return cls(add, act_min, act_max)
+
+    def forward(self, input: Any, other: Any) -> Any:
+        self._require_eval()
+        if (
+            isinstance(input, Tensor)
+            and isinstance(other, Tensor)
+            and input.shape == other.shape
+            and input.dtype == other.dtype
+            and input.dtype in _FLOATS
+        ):
+            ops._refuse_grad("add", input, other)
+            return ops._add(input, other, self.act_min, self.act_max)
+        out = input + other
+        if self.act_min is None and self.act_max is None:
+            return out
+        return torch.clamp(out, self.act_min, self.act_max)
+
+    def extra_repr(self) -> str:
+        return _activation_repr(self.act_min, self.act_max).removeprefix(", ")
+
+
+class Folded(Swapped):
+    """What is left where a stock module went into another's kernel: the identity, or the part of it
+    that could not go along.
+
+    Args:
+        stock: the module folded away.
+        into: the qualified name of the module that does its work now; "" for one that does nothing
+            in eval mode, as dropout.
+        rest: what remains to be done here.
+    """
+
+    kernel = "folded"
+
+    def __init__(self, stock: nn.Module, into: str, rest: nn.Module | None = None) -> None:
+        super().__init__(stock)
+        self.into = into
+        self.rest = rest
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return type(self.stock).__name__
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._require_eval()
+        return input if self.rest is None else self.rest(input)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind} into {self.into}" if self.into else f"{self.kind}, idle in eval mode"
+
+
+def pad_of(module: nn.Module) -> tuple[int, int, int, int] | None:
+    """The (left, right, top, bottom) zeros that a stock padding module adds, or None if it is no
+    constant zero padding of an image."""
+    if type(module) is nn.ConstantPad2d and module.value != 0:
+        return None
+    if type(module) not in (nn.ZeroPad2d, nn.ConstantPad2d):
+        return None
+    padding = module.padding
+    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    return sides if min(sides) >= 0 else None
+
+
+def bounds_of(module: nn.Module) -> tuple[float | None, float | None] | None:
+    """The (min, max) of an activation that is a clamp, or None if it is another function."""
+    if type(module) is nn.ReLU:
+        return (0.0, None)
+    if type(module) in (nn.ReLU6, nn.Hardtanh):
+        return (float(module.min_val), float(module.max_val))
+    return None
+
+
+def adaptive_to_one(size: Any) -> bool:
+    """Whether an adaptive pooling's output size is 1 x 1."""
+    return size in (1, (1, 1), [1, 1])
+
+

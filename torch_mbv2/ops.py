@@ -1,0 +1,802 @@
+"""The operators `torch.ops.torch_mbv2.*`: for each, together, its schema, argument checks, stock
+PyTorch implementation, fake (shapes and strides without data) and documented wrapper.
+
+The wrappers take what the `torch.nn.functional` namesakes take, plus `activation`: None, "relu",
+"relu6", or (min, max) with None for an open side. Every op takes float32, float16 and bfloat16,
+accumulates in float32, rounds once, and is for inference only. The stock implementation serves every
+device; the compiled library replaces it on CUDA. Both, and the fake, refuse bad arguments with the
+same sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _extension, reference
+
+Activation = str | tuple[float | None, float | None] | None
+
+_ACTIVATIONS: dict[str | None, tuple[float | None, float | None]] = {
+    None: (None, None),
+    "relu": (0.0, None),
+    "relu6": (0.0, 6.0),
+}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_library = torch.library.Library("torch_mbv2", "DEF")
+
+
+def _define(
+    schema: str, fake: Callable[..., Tensor], implementation: Callable[..., Tensor]
+) -> Any:
+    """Register one op: its schema, its fake, and its implementation for every device."""
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"torch_mbv2::{name}", fake, lib=_library)
+    return getattr(torch.ops.torch_mbv2, name).default
+
+
+# ---------------------------------------------------------------------------------------- checks
+
+
+def _fail(op: str, sentence: str) -> RuntimeError:
+    return RuntimeError(f"torch_mbv2::{op}: {sentence}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _check_float(op: str, input: Tensor) -> None:
+    if input.dtype not in _DTYPES:
+        raise _fail(op, f"input must be float32, float16 or bfloat16, got {_name(input.dtype)}")
+
+
+def _check_image(op: str, input: Tensor) -> None:
+    _check_float(op, input)
+    if input.dim() != 4:
+        raise _fail(op, f"input must have shape (N, C, H, W), got {_shape(input)}")
+    _check_size(op, "input", *input.shape[1:])
+
+
+def _check_size(op: str, name: str, channels: int, height: int, width: int) -> None:
+    # Kernels address one image with 32-bit offsets; only the batch makes them 64-bit.
+    if channels * height * width >= 2**31:
+        raise _fail(
+            op,
+            f"one image of {name} must have fewer than 2147483648 elements, "
+            f"got {(channels, height, width)}",
+        )
+
+
+def _check_alike(op: str, name: str, x: Tensor, input: Tensor) -> None:
+    if x.dtype != input.dtype:
+        raise _fail(
+            op, f"{name} must have the dtype of input, {_name(input.dtype)}, got {_name(x.dtype)}"
+        )
+    if x.device != input.device:
+        raise _fail(op, f"{name} must be on the device of input, {input.device}, got {x.device}")
+
+
+def _check_bias(op: str, bias: Tensor | None, channels: int, input: Tensor) -> None:
+    if bias is None:
+        return
+    _check_alike(op, "bias", bias, input)
+    if bias.dim() != 1 or bias.shape[0] != channels:
+        raise _fail(op, f"bias must have shape ({channels},) from weight, got {_shape(bias)}")
+
+
+def _check_ints(op: str, name: str, values: Sequence[int], count: int, least: int) -> None:
+    if len(values) != count:
+        raise _fail(op, f"{name} must have {count} values, got {len(values)}")
+    if min(values) < least:
+        raise _fail(op, f"{name} must be at least {least}, got {tuple(values)}")
+
+
+def _check_activation(op: str, act_min: float | None, act_max: float | None) -> None:
+    if act_min is not None and act_max is not None and not act_min <= act_max:
+        raise _fail(op, f"act_min must not exceed act_max, got {act_min:g} and {act_max:g}")
+
+
+def _check_kernel_fits(
+    op: str, height: int, width: int, kernel_h: int, kernel_w: int
+) -> None:
+    if kernel_h < 1 or kernel_w < 1 or height < kernel_h or width < kernel_w:
+        raise _fail(
+            op,
+            "the kernel must fit into the padded input: dilated kernel "
+            f"{(kernel_h, kernel_w)}, padded input {(height, width)}",
+        )
+
+
+def _refuse_grad(op: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise _fail(
+            op,
+            "an argument requires grad, but torch_mbv2 is for inference only: "
+            "call it under torch.inference_mode() (or torch.no_grad())",
+        )
+
+
+# ------------------------------------------------------------------------- shapes and layouts
+
+
+def _empty_channels_last(input: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
+    return torch.empty(
+        (n, c, h, w), dtype=input.dtype, device=input.device, memory_format=torch.channels_last
+    )
+
+
+def _as_channels_last(x: Tensor) -> Tensor:
+    """`x` dense and channels_last, with the strides a fresh channels_last tensor has even where a
+    size of 1 or 0 leaves them open (so that it equals the fake)."""
+    n, c, h, w = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    strides = (h * w * c, 1, w * c, c)
+    return x if x.stride() == strides else x.as_strided((n, c, h, w), strides)
+
+
+def _bounds(op: str, activation: Activation) -> tuple[float | None, float | None]:
+    if activation is None or isinstance(activation, str):
+        if activation not in _ACTIVATIONS:
+            raise _fail(
+                op,
+                'activation must be None, "relu", "relu6" or (min, max), '
+                f"got {activation!r}",
+            )
+        return _ACTIVATIONS[activation]
+    act_min, act_max = activation
+    return act_min, act_max
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _sides(padding: int | Sequence[int]) -> list[int]:
+    """p, (vertical, horizontal) as in F.conv2d, or (left, right, top, bottom) as in F.pad."""
+    if isinstance(padding, int):
+        return [padding] * 4
+    if len(padding) == 2:
+        vertical, horizontal = padding
+        return [horizontal, horizontal, vertical, vertical]
+    return list(padding)
+
+
+# ---------------------------------------------------------------------------------------- conv2d
+
+
+def _conv2d_shape(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act_min: float | None,
+    act_max: float | None,
+) -> tuple[int, int, int, int]:
+    """Check all arguments of a convolution; its output shape."""
+    _check_image(op, input)
+    _check_alike(op, "weight", weight, input)
+    _check_ints(op, "stride", stride, 2, 1)
+    _check_ints(op, "padding", padding, 4, 0)
+    _check_ints(op, "dilation", dilation, 2, 1)
+    n, channels, height, width = input.shape
+    if weight.dim() != 4:
+        raise _fail(
+            op, f"weight must have shape (Cout, Cin / groups, kH, kW), got {_shape(weight)}"
+        )
+    out_channels, group_channels, kernel_h, kernel_w = weight.shape
+    if groups < 1 or channels % groups != 0 or out_channels % groups != 0:
+        raise _fail(
+            op,
+            f"groups must divide Cin {channels} and Cout {out_channels}, got {groups}",
+        )
+    if group_channels != channels // groups:
+        raise _fail(
+            op,
+            f"weight must have shape (Cout, {channels // groups}, kH, kW) from {channels} input "
+            f"channels in {groups} groups, got {_shape(weight)}",
+        )
+    _check_bias(op, bias, out_channels, input)
+    _check_activation(op, act_min, act_max)
+    left, right, top, bottom = padding
+    dilated_h = dilation[0] * (kernel_h - 1) + 1
+    dilated_w = dilation[1] * (kernel_w - 1) + 1
+    padded_h = height + top + bottom
+    padded_w = width + left + right
+    _check_kernel_fits(op, padded_h, padded_w, dilated_h, dilated_w)
+    out_h = (padded_h - dilated_h) // stride[0] + 1
+    out_w = (padded_w - dilated_w) // stride[1] + 1
+    _check_size(op, "output", out_channels, out_h, out_w)
+    return n, out_channels, out_h, out_w
+
+
+def _conv2d_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    shape = _conv2d_shape(
+        "conv2d", input, weight, bias, stride, padding, dilation, groups, act_min, act_max
+    )
+    return _empty_channels_last(input, *shape)
+
+
+def _conv2d_stock(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    arguments = (input, weight, bias, stride, padding, dilation, groups, act_min, act_max)
+    shape = _conv2d_shape("conv2d", *arguments)
+    if 0 in shape:
+        return _empty_channels_last(input, *shape)
+    return _as_channels_last(reference.conv2d(*arguments))
+
+
+_conv2d = _define(
+    "conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, "
+    "int[2] dilation, int groups, float? act_min, float? act_max) -> Tensor",
+    _conv2d_fake,
+    _conv2d_stock,
+)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: Activation = None,
+) -> Tensor:
+    """2-D convolution with bias and activation in one kernel.
+
+    Equivalent: `F.conv2d(F.pad(input, padding), weight, bias, stride, 0, dilation, groups)` followed
+    by the activation. Pointwise convolutions run as a tensor-core GEMM, depthwise ones as a direct
+    kernel, all others as an implicit GEMM.
+
+    Args:
+        input: (N, Cin, H, W), float32, float16 or bfloat16; channels_last is fastest.
+        weight: (Cout, Cin / groups, kH, kW), dtype and device of `input`.
+        bias: (Cout,) or None.
+        stride: pixels; one value or (vertical, horizontal).
+        padding: zeros added, in pixels: one value, (vertical, horizontal) as in `F.conv2d`, or
+            (left, right, top, bottom) as in `F.pad`.
+        dilation: pixels; one value or (vertical, horizontal).
+        groups: must divide Cin and Cout.
+        activation: None, "relu", "relu6", or (min, max).
+
+    Returns:
+        (N, Cout, Hout, Wout), channels_last.
+
+    Raises:
+        RuntimeError: an argument breaks a rule above, or requires grad in grad mode.
+    """
+    _refuse_grad("conv2d", input, weight, bias)
+    act_min, act_max = _bounds("conv2d", activation)
+    return _conv2d(
+        input,
+        weight,
+        bias,
+        _pair(stride),
+        _sides(padding),
+        _pair(dilation),
+        groups,
+        act_min,
+        act_max,
+    )
+
+
+# ------------------------------------------------------------------------------- conv2d_winograd
+
+
+def _winograd_shape(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    act_min: float | None,
+    act_max: float | None,
+) -> tuple[int, int, int, int]:
+    op = "conv2d_winograd"
+    shape = _conv2d_shape(
+        op, input, weight, bias, (1, 1), padding, (1, 1), 1, act_min, act_max
+    )
+    if tuple(weight.shape[2:]) != (3, 3):
+        raise _fail(op, f"weight must have a 3 x 3 kernel, got {_shape(weight)}")
+    return shape
+
+
+def _winograd_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    shape = _winograd_shape(input, weight, bias, padding, act_min, act_max)
+    return _empty_channels_last(input, *shape)
+
+
+def _winograd_stock(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    _winograd_shape(input, weight, bias, padding, act_min, act_max)
+    return _conv2d_stock(input, weight, bias, (1, 1), padding, (1, 1), 1, act_min, act_max)
+
+
+_conv2d_winograd = _define(
+    "conv2d_winograd(Tensor input, Tensor weight, Tensor? bias, int[4] padding, "
+    "float? act_min, float? act_max) -> Tensor",
+    _winograd_fake,
+    _winograd_stock,
+)
+
+
+def conv2d_winograd(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    padding: int | Sequence[int] = 0,
+    activation: Activation = None,
+) -> Tensor:
+    """3 x 3 dense convolution of stride 1 by Winograd's F(2x2, 3x3): 2.25 times fewer products.
+
+    Equivalent: `conv2d(input, weight, bias, padding=padding, activation=activation)`. Transforms and
+    products are in float32 for every dtype. Source: Lavin and Gray, "Fast Algorithms for
+    Convolutional Neural Networks", CVPR 2016, section 4.1.
+
+    Args:
+        input: (N, Cin, H, W), float32, float16 or bfloat16.
+        weight: (Cout, Cin, 3, 3), dtype and device of `input`.
+        bias: (Cout,) or None.
+        padding: as for `conv2d`.
+        activation: as for `conv2d`.
+
+    Returns:
+        (N, Cout, Hout, Wout), channels_last.
+
+    Raises:
+        RuntimeError: an argument breaks a rule above, or requires grad in grad mode.
+    """
+    _refuse_grad("conv2d_winograd", input, weight, bias)
+    act_min, act_max = _bounds("conv2d_winograd", activation)
+    return _conv2d_winograd(input, weight, bias, _sides(padding), act_min, act_max)
+
+
+# ---------------------------------------------------------------------------------------- linear
+
+
+def _linear_shape(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act_min: float | None,
+    act_max: float | None,
+) -> tuple[int, ...]:
+    op = "linear"
+    _check_float(op, input)
+    _check_alike(op, "weight", weight, input)
+    if input.dim() < 1:
+        raise _fail(op, f"input must have shape (..., K), got {_shape(input)}")
+    features = input.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != features:
+        raise _fail(
+            op, f"weight must have shape (N, {features}) from input, got {_shape(weight)}"
+        )
+    _check_bias(op, bias, weight.shape[0], input)
+    _check_activation(op, act_min, act_max)
+    return (*input.shape[:-1], weight.shape[0])
+
+
+def _linear_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    return input.new_empty(_linear_shape(input, weight, bias, act_min, act_max))
+
+
+def _linear_stock(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    _linear_shape(input, weight, bias, act_min, act_max)
+    return reference.linear(input, weight, bias, act_min, act_max).contiguous()
+
+
+_linear = _define(
+    "linear(Tensor input, Tensor weight, Tensor? bias, float? act_min, float? act_max) -> Tensor",
+    _linear_fake,
+    _linear_stock,
+)
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = None,
+) -> Tensor:
+    """Fully connected layer with bias and activation in one kernel.
+
+    Equivalent: `F.linear(input, weight, bias)` followed by the activation.
+
+    Args:
+        input: (..., K), float32, float16 or bfloat16.
+        weight: (N, K), dtype and device of `input`.
+        bias: (N,) or None.
+        activation: None, "relu", "relu6", or (min, max).
+
+    Returns:
+        (..., N), contiguous.
+
+    Raises:
+        RuntimeError: an argument breaks a rule above, or requires grad in grad mode.
+    """
+    _refuse_grad("linear", input, weight, bias)
+    return _linear(input, weight, bias, *_bounds("linear", activation))
+
+
+# ------------------------------------------------------------------------------------ avg_pool2d
+
+
+def _pooled_size(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    out = (size + 2 * padding - kernel + (stride - 1 if ceil_mode else 0)) // stride + 1
+    # With ceil_mode the last window must still start inside the input or its left padding.
+    return out - 1 if ceil_mode and (out - 1) * stride >= size + padding else out
+
+
+def _avg_pool2d_shape(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    divisor_override: int | None,
+) -> tuple[int, int, int, int]:
+    op = "avg_pool2d"
+    _check_image(op, input)
+    _check_ints(op, "kernel_size", kernel_size, 2, 1)
+    _check_ints(op, "stride", stride, 2, 1)
+    _check_ints(op, "padding", padding, 2, 0)
+    if 2 * padding[0] > kernel_size[0] or 2 * padding[1] > kernel_size[1]:
+        raise _fail(
+            op,
+            f"padding must be at most half of kernel_size {tuple(kernel_size)}, "
+            f"got {tuple(padding)}",
+        )
+    if divisor_override == 0:
+        raise _fail(op, "divisor_override must not be 0")
+    n, channels, height, width = input.shape
+    _check_kernel_fits(
+        op, height + 2 * padding[0], width + 2 * padding[1], kernel_size[0], kernel_size[1]
+    )
+    out_h = _pooled_size(height, kernel_size[0], stride[0], padding[0], ceil_mode)
+    out_w = _pooled_size(width, kernel_size[1], stride[1], padding[1], ceil_mode)
+    _check_size(op, "output", channels, out_h, out_w)
+    return n, channels, out_h, out_w
+
+
+def _avg_pool2d_fake(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    shape = _avg_pool2d_shape(input, kernel_size, stride, padding, ceil_mode, divisor_override)
+    return _empty_channels_last(input, *shape)
+
+
+def _avg_pool2d_stock(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    shape = _avg_pool2d_shape(input, kernel_size, stride, padding, ceil_mode, divisor_override)
+    if 0 in shape:
+        return _empty_channels_last(input, *shape)
+    return _as_channels_last(
+        reference.avg_pool2d(
+            input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        )
+    )
+
+
+_avg_pool2d = _define(
+    "avg_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, "
+    "bool count_include_pad, int? divisor_override) -> Tensor",
+    _avg_pool2d_fake,
+    _avg_pool2d_stock,
+)
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Average pooling.
+
+    Equivalent: `F.avg_pool2d` with the same arguments.
+
+    Args:
+        input: (N, C, H, W), float32, float16 or bfloat16; channels_last is fastest.
+        kernel_size: pixels; one value or (vertical, horizontal).
+        stride: pixels; None means `kernel_size`.
+        padding: zeros on each side, at most half of `kernel_size`.
+        ceil_mode: round the output size up instead of down.
+        count_include_pad: count padding in the divisor.
+        divisor_override: divide by this instead.
+
+    Returns:
+        (N, C, Hout, Wout), channels_last.
+
+    Raises:
+        RuntimeError: an argument breaks a rule above, or requires grad in grad mode.
+    """
+    _refuse_grad("avg_pool2d", input)
+    kernel = _pair(kernel_size)
+    return _avg_pool2d(
+        input,
+        kernel,
+        kernel if stride is None else _pair(stride),
+        _pair(padding),
+        ceil_mode,
+        count_include_pad,
+        divisor_override,
+    )
+
+
+# ----------------------------------------------------------------------------- global_avg_pool2d
+
+
+def _global_avg_pool2d_check(input: Tensor) -> None:
+    op = "global_avg_pool2d"
+    _check_image(op, input)
+    if input.shape[2] < 1 or input.shape[3] < 1:
+        raise _fail(op, f"input must have at least one pixel, got {_shape(input)}")
+
+
+def _global_avg_pool2d_fake(input: Tensor, keepdim: bool) -> Tensor:
+    _global_avg_pool2d_check(input)
+    n, channels = input.shape[:2]
+    if keepdim:
+        return _empty_channels_last(input, n, channels, 1, 1)
+    return input.new_empty((n, channels))
+
+
+def _global_avg_pool2d_stock(input: Tensor, keepdim: bool) -> Tensor:
+    _global_avg_pool2d_check(input)
+    out = reference.global_avg_pool2d(input, keepdim)
+    return _as_channels_last(out) if keepdim else out.contiguous()
+
+
+_global_avg_pool2d = _define(
+    "global_avg_pool2d(Tensor input, bool keepdim) -> Tensor",
+    _global_avg_pool2d_fake,
+    _global_avg_pool2d_stock,
+)
+
+
+def global_avg_pool2d(input: Tensor, keepdim: bool = False) -> Tensor:
+    """Mean over height and width.
+
+    Equivalent: `input.mean((2, 3), keepdim=keepdim)`; with `keepdim`, `F.adaptive_avg_pool2d(input,
+    1)`.
+
+    Args:
+        input: (N, C, H, W) with at least one pixel, float32, float16 or bfloat16; channels_last is
+            fastest.
+        keepdim: return (N, C, 1, 1) instead of (N, C).
+
+    Returns:
+        (N, C), contiguous, or (N, C, 1, 1), channels_last.
+
+    Raises:
+        RuntimeError: an argument breaks a rule above, or requires grad in grad mode.
+    """
+    _refuse_grad("global_avg_pool2d", input)
+    return _global_avg_pool2d(input, keepdim)
+
+
+# ------------------------------------------------------------------------------------------- add
+
+
+def _add_check(
+    input: Tensor, other: Tensor, act_min: float | None, act_max: float | None
+) -> None:
+    op = "add"
+    _check_float(op, input)
+    _check_alike(op, "other", other, input)
+    if input.shape != other.shape:
+        raise _fail(
+            op, f"other must have the shape of input, {_shape(input)}, got {_shape(other)}"
+        )
+    _check_activation(op, act_min, act_max)
+
+
+def _add_fake(
+    input: Tensor, other: Tensor, act_min: float | None, act_max: float | None
+) -> Tensor:
+    _add_check(input, other, act_min, act_max)
+    if input.dim() == 4:
+        return _empty_channels_last(input, *input.shape)
+    return input.new_empty(input.shape)
+
+
+def _add_stock(
+    input: Tensor, other: Tensor, act_min: float | None, act_max: float | None
+) -> Tensor:
+    _add_check(input, other, act_min, act_max)
+    out = reference.add(input, other, act_min, act_max)
+    return _as_channels_last(out) if out.dim() == 4 else out.contiguous()
+
+
+_add = _define(
+    "add(Tensor input, Tensor other, float? act_min, float? act_max) -> Tensor",
+    _add_fake,
+    _add_stock,
+)
+
+
+def add(input: Tensor, other: Tensor, activation: Activation = None) -> Tensor:
+    """Elementwise sum of two tensors of one shape, with activation: the residual connection.
+
+    Equivalent: `input + other` followed by the activation.
+
+    Args:
+        input: any shape, float32, float16 or bfloat16.
+        other: shape, dtype and device of `input`.
+        activation: None, "relu", "relu6", or (min, max).
+
+    Returns:
+        The sum, rounded once: channels_last if 4-D, else contiguous.
+
+    Raises:
+        RuntimeError: an argument breaks a rule above, or requires grad in grad mode.
+    """
+    _refuse_grad("add", input, other)
+    return _add(input, other, *_bounds("add", activation))
+
+
+# ---------------------------------------------------------------------------------------- im2col
+
+
+def _im2col_shape(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> tuple[int, int, int]:
+    op = "im2col"
+    _check_image(op, input)
+    _check_ints(op, "kernel_size", kernel_size, 2, 1)
+    _check_ints(op, "dilation", dilation, 2, 1)
+    _check_ints(op, "padding", padding, 2, 0)
+    _check_ints(op, "stride", stride, 2, 1)
+    n, channels, height, width = input.shape
+    dilated_h = dilation[0] * (kernel_size[0] - 1) + 1
+    dilated_w = dilation[1] * (kernel_size[1] - 1) + 1
+    padded_h = height + 2 * padding[0]
+    padded_w = width + 2 * padding[1]
+    _check_kernel_fits(op, padded_h, padded_w, dilated_h, dilated_w)
+    out_h = (padded_h - dilated_h) // stride[0] + 1
+    out_w = (padded_w - dilated_w) // stride[1] + 1
+    rows = channels * kernel_size[0] * kernel_size[1]
+    _check_size(op, "output", rows, out_h, out_w)
+    return n, rows, out_h * out_w
+
+
+def _im2col_fake(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Tensor:
+    return input.new_empty(_im2col_shape(input, kernel_size, dilation, padding, stride))
+
+
+def _im2col_stock(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Tensor:
+    shape = _im2col_shape(input, kernel_size, dilation, padding, stride)
+    if 0 in shape:
+        return input.new_empty(shape)
+    return reference.im2col(input, kernel_size, dilation, padding, stride).contiguous()
+
+
+_im2col = _define(
+    "im2col(Tensor input, int[2] kernel_size, int[2] dilation, int[2] padding, int[2] stride) "
+    "-> Tensor",
+    _im2col_fake,
+    _im2col_stock,
+)
+
+
+def im2col(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    stride: int | Sequence[int] = 1,
+) -> Tensor:
+    """The sliding windows of an image as columns of a matrix.
+
+    Equivalent: `F.unfold(input, kernel_size, dilation, padding, stride)`.
+
+    Args:
+        input: (N, C, H, W), float32, float16 or bfloat16.
+        kernel_size: pixels; one value or (vertical, horizontal); so the others.
+        dilation: distance of taps.
+        padding: zeros on each side.
+        stride: distance of windows.
+
+    Returns:
+        (N, C * kH * kW, windows), contiguous.
+
+    Raises:
+        RuntimeError: an argument breaks a rule above, or requires grad in grad mode.
+    """
+    _refuse_grad("im2col", input)
+    return _im2col(input, _pair(kernel_size), _pair(dilation), _pair(padding), _pair(stride))
+
+
+# With the schemas in place, the compiled library (where there is one) adds its CUDA kernels.
+_extension.load()

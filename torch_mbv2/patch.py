@@ -1,0 +1,966 @@
+"""`patch`, `unpatch` and `report`.
+
+How a model is patched. The forward of each module that is written by a user or a model zoo is traced
+by torch.fx, one module at a time (plain Sequentials are looked through, other modules are opaque), so
+that the order of calls is known and not guessed from names. Handlers then match patterns on that
+small graph: a convolution with its padding, batch norm and activation, a linear layer, a pooling, a
+residual add. A match swaps modules in place: the first gets the fused module, the others a `Folded`
+identity. So the model keeps its class, its attributes and its names. Only where a pattern contains
+a function call (`x + self.conv(x)`, `x.mean([2, 3])`) the forward of that one module is replaced by
+the code of its rewritten graph. Whatever is not matched exactly stays as it was, with a reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import operator
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from . import _extension, fold, modules
+from .errors import Error
+from .mobilenet import SamePad2d
+from .modules import Swapped
+
+FilterFn = Callable[[str, nn.Module], bool]
+
+LEVELS = ("op", "block")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: The attribute under which a module that stays stock says why, and a module whose forward has
+#: function calls that stay stock lists them.
+_REASON = "torch_mbv2_reason"
+_CALLS = "torch_mbv2_calls"
+#: Stock modules that a kernel exists for; `strict` insists on these.
+_SUPPORTED = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm2d)
+
+
+# ---------------------------------------------------------------------------------------- report
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of a report.
+
+    Attributes:
+        name: its qualified name in the model.
+        kind: what the layer is, such as "depthwise" or "Softmax".
+        detail: its sizes, as far as the layer itself tells them.
+        kernel: the kernel that takes it ("folded" where another layer does its work), or None.
+        reason: why it stays stock, or None.
+        supported: whether a kernel exists for layers of this kind.
+    """
+
+    name: str
+    kind: str
+    detail: str
+    kernel: str | None
+    reason: str | None
+    supported: bool = True
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `patch` did to a model, or would do; printing it gives a table.
+
+    Attributes:
+        rows: one for each layer, in the order of `named_modules`.
+        note: None where the CUDA kernels can run, else why they cannot.
+    """
+
+    rows: list[Row]
+    note: str | None = None
+
+    @property
+    def patched(self) -> list[Row]:
+        """The rows that a kernel takes."""
+        return [row for row in self.rows if row.kernel not in (None, "folded")]
+
+    @property
+    def stock(self) -> list[Row]:
+        """The rows that stay stock."""
+        return [row for row in self.rows if row.kernel is None]
+
+    def summary(self) -> str:
+        """One line: how many layers run on which kernels, and how many stay stock."""
+        counts = Counter(row.kernel for row in self.patched)
+        kernels = ", ".join(f"{n} {kernel}" for kernel, n in counts.most_common())
+        folded = sum(row.kernel == "folded" for row in self.rows)
+        parts = [f"{len(self.patched)} layers on torch_mbv2 kernels" + f" ({kernels})" * bool(kernels)]
+        parts.append(f"{folded} folded into them")
+        parts.append(f"{len(self.stock)} stock")
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data: {"summary", "note", "rows": [{...}]}."""
+        return {
+            "summary": self.summary(),
+            "note": self.note,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        header = ("layer", "kind", "sizes", "kernel", "why stock")
+        table = [header] + [
+            (row.name, row.kind, row.detail, row.kernel or "stock", row.reason or "")
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.append(self.summary())
+        if self.note is not None:
+            lines.append(f"kernels run as stock PyTorch operators here: {self.note}")
+        return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------- rewritten forwards
+
+
+class _RewrittenForward:
+    """Mixin of a model's own class, with a forward that is the code of an fx graph."""
+
+    _origin: tuple[type[nn.Module], str, tuple[tuple[str, Any], ...]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        base, source, names = type(self)._origin
+        # Modules cannot be pickled; their names can.
+        portable = tuple(
+            (key, ("module", value.__name__) if isinstance(value, types.ModuleType) else value)
+            for key, value in names
+        )
+        return _restore_rewritten, (base, source, portable), self.__dict__
+
+
+@functools.cache
+def _rewritten_class(
+    base: type[nn.Module], source: str, names: tuple[tuple[str, Any], ...]
+) -> type[nn.Module]:
+    namespace = dict(names)
+    exec(compile(source, f"<torch_mbv2 forward of {base.__qualname__}>", "exec"), namespace)
+    body = {
+        "forward": namespace["forward"],
+        "_origin": (base, source, names),
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (_RewrittenForward, base), body)
+
+
+def _restore_rewritten(
+    base: type[nn.Module], source: str, portable: tuple[tuple[str, Any], ...]
+) -> nn.Module:
+    names = tuple(
+        (key, importlib.import_module(value[1]) if isinstance(value, tuple) else value)
+        for key, value in portable
+    )
+    cls = _rewritten_class(base, source, names)
+    return cls.__new__(cls)
+
+
+def _set_forward(module: nn.Module, graph: fx.Graph) -> None:
+    if isinstance(module, fx.GraphModule):
+        # A GraphModule survives copying and pickling only with what its graph calls, so one of those
+        # modules carries the stock graph.
+        stock_graph = copy.deepcopy(module.graph)
+        module.graph = graph
+        next(_swapped_in(module)).__dict__["stock_graph"] = stock_graph
+        return
+    code = graph.python_code("self")
+    module.__class__ = _rewritten_class(
+        type(module), code.src, tuple(sorted(code.globals.items(), key=lambda item: item[0]))
+    )
+
+
+def _reset_forward(module: nn.Module) -> None:
+    if isinstance(module, _RewrittenForward):
+        module.__class__ = type(module)._origin[0]
+    elif isinstance(module, fx.GraphModule):
+        for swapped in _swapped_in(module):
+            if "stock_graph" in swapped.__dict__:
+                module.graph = swapped.__dict__.pop("stock_graph")
+                return
+
+
+def _swapped_in(module: fx.GraphModule) -> Iterator[Swapped]:
+    for node in module.graph.nodes:
+        called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, Swapped):
+            yield called
+
+
+# --------------------------------------------------------------------------------------- tracing
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _is_plain_sequential(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and not _has_hooks(module)
+    )
+
+
+def _is_torch_leaf(module: nn.Module) -> bool:
+    """A stock layer, or ours: never traced into."""
+    return isinstance(module, Swapped) or (
+        type(module).__module__.startswith(("torch.nn.", "torch.ao."))
+        and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    )
+
+
+class _LocalTracer(fx.Tracer):
+    """Traces one module's own forward; only plain Sequentials are looked through."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not _is_plain_sequential(m)
+
+
+@dataclass
+class _Scope:
+    """One traced module while it is patched."""
+
+    root: nn.Module
+    name: str
+    graph: fx.Graph
+    #: how often each module object is called or registered in the whole model
+    calls: Counter[int]
+    filter_fn: FilterFn
+    reasons: dict[int, str]
+    #: nodes whose value is an image or feature vector that one of our kernels made
+    produced: set[fx.Node] = field(default_factory=set)
+    rewritten: bool = False
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that `node` calls, if it calls one."""
+        if node.op != "call_module":
+            return None
+        return self.root.get_submodule(str(node.target))
+
+    def full_name(self, node: fx.Node) -> str:
+        return f"{self.name}.{node.target}" if self.name else str(node.target)
+
+    def takes(self, node: fx.Node) -> str | None:
+        """None if the module that `node` calls may be changed, else why not."""
+        module = self.module(node)
+        assert module is not None
+        return _untouchable(module, self.full_name(node), self.filter_fn) or self.reasons.get(
+            id(module)
+        )
+
+    def next(self, node: fx.Node) -> fx.Node | None:
+        """The only user of `node`'s value, looking through identities."""
+        while len(node.users) == 1:
+            (user,) = node.users
+            if type(self.module(user)) is not nn.Identity:
+                return user
+            node = user
+        return None
+
+    def previous(self, node: fx.Node) -> fx.Node | None:
+        """What makes the first input of `node`, if nothing else uses it, through identities."""
+        source = node.args[0] if node.args else None
+        while isinstance(source, fx.Node) and len(source.users) == 1:
+            if type(self.module(source)) is not nn.Identity:
+                return source
+            source = source.args[0] if source.args else None
+        return None
+
+    def replace(self, node: fx.Node, new: nn.Module) -> None:
+        """Put `new` in the place of what `node` calls: by a swap of the module where that is called
+        just here, else by a rewritten forward."""
+        module = self.module(node)
+        if module is not None and self.calls[id(module)] == 1:
+            _set_submodule(self.root, str(node.target), new)
+            self.calls[id(new)] = 1
+            return
+        if isinstance(new, Swapped):
+            new.__dict__["stock"] = None  # nothing was replaced: `unpatch` just deletes it
+        prefix = f"torch_mbv2_{new.kind if isinstance(new, Swapped) else 'layer'}"
+        count = 0
+        while hasattr(self.root, f"{prefix}_{count}"):
+            count += 1
+        self.root.add_module(f"{prefix}_{count}", new)
+        self.calls[id(new)] = 1
+        node.op, node.target = "call_module", f"{prefix}_{count}"
+        self.rewritten = True
+
+    def drop(self, node: fx.Node, into: str, rest: nn.Module | None = None) -> None:
+        """Take `node`, whose work went `into` another module, out of the dataflow."""
+        module = self.module(node)
+        if module is not None and self.calls[id(module)] == 1:
+            self.replace(node, modules.Folded(module, into, rest))
+            return
+        node.replace_all_uses_with(node.args[0])
+        self.graph.erase_node(node)
+        self.rewritten = True
+
+
+def _set_submodule(root: nn.Module, target: str, new: nn.Module) -> None:
+    parent, _, child = target.rpartition(".")
+    setattr(root.get_submodule(parent), child, new)
+
+
+def _untouchable(module: nn.Module, name: str, filter_fn: FilterFn) -> str | None:
+    """Why a module must stay as it is, whatever surrounds it; None if it need not."""
+    if _has_hooks(module):
+        return "it has hooks, which a fused kernel would not call"
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    for t in floats:
+        if t.dtype not in _DTYPES:
+            return f"dtype {str(t.dtype).removeprefix('torch.')} has no kernel"
+        if t.device.type == "cuda" and not _extension.is_available():
+            return f"the CUDA kernels cannot run: {_extension.why_not_available()}"
+    if not filter_fn(name, module):
+        return "filter_fn left it out"
+    return None
+
+
+# -------------------------------------------------------------------------------------- handlers
+
+Handler = Callable[[_Scope, fx.Node], bool]
+_HANDLERS: list[Handler] = []
+
+
+def _handler(function: Handler) -> Handler:
+    """Register a pattern: called on every node in order; it returns whether it took the node."""
+    _HANDLERS.append(function)
+    return function
+
+
+def _calls(node: fx.Node, functions: tuple[Any, ...], methods: tuple[str, ...] = ()) -> bool:
+    return (node.op == "call_function" and node.target in functions) or (
+        node.op == "call_method" and node.target in methods
+    )
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _take_activation(
+    scope: _Scope, node: fx.Node, into: str
+) -> tuple[fx.Node, float | None, float | None]:
+    """Fold the activation that follows `node`, if it is a clamp: the node whose value is now made,
+    and the bounds."""
+    follower = scope.next(node)
+    if follower is None:
+        return node, None, None
+    bounds = None
+    module = scope.module(follower)
+    if module is not None:
+        bounds = _bounds_of(module) if scope.takes(follower) is None else None
+    elif _calls(follower, (F.relu, torch.relu, torch.relu_, F.relu_), ("relu", "relu_")):
+        bounds = (0.0, None)
+    elif _calls(follower, (F.relu6,)):
+        bounds = (0.0, 6.0)
+    elif _calls(follower, (F.hardtanh,)):
+        bounds = (
+            _argument(follower, 1, "min_val", -1.0),
+            _argument(follower, 2, "max_val", 1.0),
+        )
+    elif _calls(follower, (torch.clamp, torch.clip), ("clamp", "clamp_", "clip", "clip_")):
+        bounds = (_argument(follower, 1, "min", None), _argument(follower, 2, "max", None))
+    if bounds is None or any(isinstance(b, fx.Node) for b in bounds):
+        return node, None, None
+    low, high = (None if b is None else float(b) for b in bounds)
+    if low is not None and high is not None and not low <= high:
+        return node, None, None
+    source = follower.args[0]
+    scope.drop(follower, into)
+    return (follower if follower.op == "call_module" else source), low, high
+
+
+def _bounds_of(module: nn.Module) -> tuple[float | None, float | None] | None:
+    if type(module).__name__ == "OnnxClip":
+        low, high = module.min_val, module.max_val
+        return (None if low is None else float(low), None if high is None else float(high))
+    return modules.bounds_of(module)
+
+
+def _split_norm(module: nn.Module) -> tuple[nn.BatchNorm2d, nn.Module | None] | None:
+    """The batch norm in `module` and what it does after it, if it is one in eval mode."""
+    rest = None
+    if type(module) is not nn.BatchNorm2d:
+        # timm's batch norm with its activation inside: norm, dropout (idle), activation.
+        if type(module).__name__ != "BatchNormAct2d" or not isinstance(module, nn.BatchNorm2d):
+            return None
+        if type(module.drop) is not nn.Identity:
+            return None
+        rest = None if type(module.act) is nn.Identity else module.act
+    if module.running_mean is None or module.running_var is None or module.training:
+        return None
+    return module, rest
+
+
+@_handler
+def _conv(scope: _Scope, node: fx.Node) -> bool:
+    conv = scope.module(node)
+    if conv is None or not _is_conv(conv):
+        return False
+    reason = scope.takes(node) or _conv_reason(conv)
+    if reason is not None:
+        scope.reasons[id(conv)] = reason
+        return True
+    name = scope.full_name(node)
+    if scope.calls[id(conv)] > 1:
+        # Called in several places: the swap serves them all, with nothing fused to it.
+        fused = modules.FusedConv2d.from_stock(conv, same=_is_same_conv(conv))
+        _set_submodule(scope.root, str(node.target), fused)
+        scope.produced.add(node)
+        return True
+    extra = "same" if _is_same_conv(conv) else _take_padding(scope, node, name)
+    end, norm, low, high = node, None, None, None
+    follower = scope.next(node)
+    module = scope.module(follower) if follower is not None else None
+    parts = _split_norm(module) if module is not None else None
+    rest = None
+    if parts is not None and scope.takes(follower) is None and scope.calls[id(module)] == 1:
+        norm, rest = parts
+        bounds = None if rest is None else _bounds_of(rest)
+        if bounds is not None:
+            (low, high), rest = bounds, None
+            scope.drop(follower, name)
+        else:
+            scope.drop(follower, name, rest)
+        end = follower
+    if rest is None and low is None and high is None:
+        end, low, high = _take_activation(scope, end, name)
+    same = extra == "same"
+    fused = modules.FusedConv2d.from_stock(
+        conv, norm, (0, 0, 0, 0) if same else extra, same, low, high
+    )
+    scope.replace(node, fused)
+    scope.produced.update((node, end))
+    return True
+
+
+def _is_same_conv(module: nn.Module) -> bool:
+    """timm's Conv2d that pads as TensorFlow's SAME, from the input's size."""
+    return type(module).__name__ == "Conv2dSame" and type(module).__module__.startswith("timm.")
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return type(module) is nn.Conv2d or _is_same_conv(module)
+
+
+def _conv_reason(conv: nn.Conv2d) -> str | None:
+    if conv.padding_mode != "zeros":
+        return f"padding_mode {conv.padding_mode!r} has no kernel"
+    return None
+
+
+def _take_padding(scope: _Scope, node: fx.Node, into: str) -> Any:
+    """Fold the zero padding before a convolution: the sides as in F.pad, or "same"."""
+    none = (0, 0, 0, 0)
+    source = scope.previous(node)
+    if source is None:
+        return none
+    module = scope.module(source)
+    if module is not None:
+        if scope.takes(source) is not None or scope.calls[id(module)] != 1:
+            return none
+        sides = _pad_of(module, scope.module(node))
+    elif _calls(source, (F.pad,)) and not isinstance(_argument(source, 1, "pad", None), fx.Node):
+        pad = list(_argument(source, 1, "pad", ()))
+        constant = _argument(source, 2, "mode", "constant") == "constant"
+        zero = _argument(source, 3, "value", None) in (None, 0)
+        whole = all(isinstance(p, int) and p >= 0 for p in pad) and len(pad) in (2, 4)
+        sides = tuple((pad + [0, 0])[:4]) if constant and zero and whole else None
+    else:
+        sides = None
+    if sides is None:
+        return none
+    scope.drop(source, into)
+    return sides
+
+
+def _pad_of(module: nn.Module, conv: nn.Module | None) -> Any:
+    if type(module).__name__ == "OnnxPadStatic":
+        pads = list(module.pads)  # as F.pad wants them, innermost first
+        zero = module.mode == "constant" and float(module.constant_value) == 0.0
+        whole = len(pads) >= 4 and not any(pads[4:]) and min(pads) >= 0
+        return tuple(pads[:4]) if zero and whole else None
+    if type(module) is SamePad2d:
+        assert isinstance(conv, nn.Conv2d)
+        kernel, stride = module.kernel_size, module.stride
+        fits = conv.kernel_size == (kernel, kernel) and conv.stride == (stride, stride)
+        plain = conv.dilation == (1, 1) and modules.conv_padding(conv) == (0, 0, 0, 0)
+        return "same" if fits and plain else None
+    return modules.pad_of(module)
+
+
+@_handler
+def _linear(scope: _Scope, node: fx.Node) -> bool:
+    linear = scope.module(node)
+    if linear is None or type(linear) is not nn.Linear:
+        return False
+    reason = scope.takes(node)
+    if reason is not None:
+        scope.reasons[id(linear)] = reason
+        return True
+    if scope.calls[id(linear)] > 1:
+        _set_submodule(scope.root, str(node.target), modules.FusedLinear.from_stock(linear))
+        return True
+    end, low, high = _take_activation(scope, node, scope.full_name(node))
+    scope.replace(node, modules.FusedLinear.from_stock(linear, low, high))
+    scope.produced.update((node, end))
+    return True
+
+
+@_handler
+def _pool(scope: _Scope, node: fx.Node) -> bool:
+    module = scope.module(node)
+    if module is None:
+        return False
+    if type(module) is nn.AvgPool2d:
+        new: nn.Module = modules.AvgPool2d.from_stock(module)
+    elif type(module) is nn.AdaptiveAvgPool2d and not modules.adaptive_to_one(module.output_size):
+        scope.reasons[id(module)] = (
+            f"adaptive pooling to {module.output_size} has no kernel (only to 1 x 1)"
+        )
+        return True
+    elif type(module) is nn.AdaptiveAvgPool2d or type(module).__name__ in (
+        "OnnxGlobalAveragePool",
+        "OnnxGlobalAveragePoolWithKnownInputShape",
+    ):
+        new = modules.GlobalAvgPool2d.from_stock(module)
+    else:
+        return False
+    reason = scope.takes(node)
+    if reason is not None:
+        scope.reasons[id(module)] = reason
+        return True
+    scope.replace(node, new)
+    scope.produced.add(node)
+    return True
+
+
+@_handler
+def _dropout(scope: _Scope, node: fx.Node) -> bool:
+    module = scope.module(node)
+    if module is None or type(module) not in (nn.Dropout, nn.Dropout2d):
+        return False
+    if scope.takes(node) is None and scope.calls[id(module)] == 1:
+        scope.replace(node, modules.Folded(module, ""))
+    return True
+
+
+@_handler
+def _pool_function(scope: _Scope, node: fx.Node) -> bool:
+    if _calls(node, (F.adaptive_avg_pool2d,)):
+        if not modules.adaptive_to_one(_argument(node, 1, "output_size", None)):
+            return False
+        new: Swapped = modules.GlobalAvgPool2d(None, keepdim=True)
+    elif _calls(node, (F.avg_pool2d,)):
+        options = [
+            _argument(node, i + 1, name, default)
+            for i, (name, default) in enumerate(
+                [
+                    ("kernel_size", None),
+                    ("stride", None),
+                    ("padding", 0),
+                    ("ceil_mode", False),
+                    ("count_include_pad", True),
+                    ("divisor_override", None),
+                ]
+            )
+        ]
+        if any(isinstance(option, fx.Node) for option in options):
+            return False
+        new = modules.AvgPool2d(None, *options)
+    elif _calls(node, (torch.mean,), ("mean",)):
+        return _mean(scope, node)
+    else:
+        return False
+    return _replace_call(scope, node, new)
+
+
+def _mean(scope: _Scope, node: fx.Node) -> bool:
+    """`x.mean((2, 3))`, in any order and sign of the dimensions, or `x.mean(3).mean(2)`."""
+    dims = _argument(node, 1, "dim", None)
+    keepdim = bool(_argument(node, 2, "keepdim", False))
+    if node.kwargs.get("dtype") is not None or isinstance(dims, fx.Node):
+        return False
+    if isinstance(dims, list | tuple):
+        if sorted(dims) in ([2, 3], [-2, -1]):
+            return _replace_call(scope, node, modules.GlobalAvgPool2d(None, keepdim, dims))
+        return False
+    after = scope.next(node)
+    if dims not in (3, -1) or keepdim or after is None:
+        return False
+    if not _calls(after, (torch.mean,), ("mean",)) or _argument(after, 1, "dim", None) not in (2, -1):
+        return False
+    if _argument(after, 2, "keepdim", False) or after.kwargs.get("dtype") is not None:
+        return False
+    after.replace_all_uses_with(node)
+    scope.graph.erase_node(after)
+    return _replace_call(scope, node, modules.GlobalAvgPool2d(None, False, (-2, -1)))
+
+
+def _replace_call(scope: _Scope, node: fx.Node, new: Swapped) -> bool:
+    """Put a module in the place of a function call on a value that one of our kernels may make."""
+    if not scope.filter_fn(scope.name, scope.root):
+        return False
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    node.args, node.kwargs = (source,), {}
+    scope.replace(node, new)
+    scope.produced.add(node)
+    return True
+
+
+@_handler
+def _add(scope: _Scope, node: fx.Node) -> bool:
+    module = scope.module(node)
+    if module is not None:
+        if type(module).__name__ != "OnnxBinaryMathOperation" or not _onnx_adds(module):
+            return False
+        reason = scope.takes(node)
+        if reason is not None:
+            scope.reasons[id(module)] = reason
+            return True
+    elif not _calls(node, (operator.add, operator.iadd, torch.add), ("add", "add_")):
+        return False
+    elif len(node.args) != 2 or node.kwargs:
+        return False
+    operands = node.args
+    if len(operands) != 2 or not all(isinstance(x, fx.Node) for x in operands):
+        return False
+    if not any(_through_identities(scope, x) in scope.produced for x in operands):
+        return False
+    in_place = node.target is operator.iadd or node.target == "add_"
+    if in_place and len(operands[0].users) != 1:
+        return False
+    if module is None and not scope.filter_fn(scope.name, scope.root):
+        return False
+    name = scope.full_name(node) if module is not None else f"{scope.name}.{node.name}"
+    end, low, high = _take_activation(scope, node, name)
+    scope.replace(node, modules.Add(module, low, high))
+    scope.produced.update((node, end))
+    return True
+
+
+def _onnx_adds(module: nn.Module) -> bool:
+    return module.math_op_function in (torch.add, operator.add)
+
+
+def _through_identities(scope: _Scope, node: fx.Node) -> fx.Node:
+    while node.op == "call_module" and isinstance(
+        scope.module(node), nn.Identity | modules.Folded
+    ):
+        if node in scope.produced:
+            return node
+        node = node.args[0]
+    return node
+
+
+# ------------------------------------------------------------------------------------------- api
+
+
+def _all(name: str, module: nn.Module) -> bool:
+    return True
+
+
+def _count_calls(model: nn.Module, graphs: list[fx.Graph], roots: list[nn.Module]) -> Counter[int]:
+    """How often each module is called in the traced forwards, or, if more, registered."""
+    called: Counter[int] = Counter()
+    for graph, root in zip(graphs, roots, strict=True):
+        for node in graph.nodes:
+            if node.op == "call_module":
+                called[id(root.get_submodule(str(node.target)))] += 1
+    registered = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    return Counter({key: max(called[key], registered[key]) for key in registered})
+
+
+def _trace_all(
+    model: nn.Module, reasons: dict[int, str]
+) -> Iterator[tuple[str, nn.Module, fx.Graph]]:
+    """Trace every module that is not a layer of PyTorch's own, outermost first."""
+    covered: set[int] = set()
+    for name, module in list(model.named_modules()):
+        if _is_torch_leaf(module) or _is_same_conv(module) or id(module) in covered:
+            continue
+        try:
+            graph = _LocalTracer().trace(module)
+        except Exception as error:  # user code may raise anything when called with proxies
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reasons[id(module)] = f"torch.fx cannot trace its forward: {line}"
+            continue
+        for node in graph.nodes:
+            if node.op == "call_module":
+                path = str(node.target).split(".")
+                for i in range(1, len(path)):
+                    inner = module.get_submodule(".".join(path[:i]))
+                    if _is_plain_sequential(inner):
+                        covered.add(id(inner))
+            elif node.op == "get_attr":
+                owner, _, attribute = str(node.target).rpartition(".")
+                if owner:
+                    reasons[id(module.get_submodule(owner))] = (
+                        f"its {attribute} is read directly by {name or 'the model'}.forward"
+                    )
+        yield name, module, graph
+
+
+def patch(
+    model: nn.Module,
+    *,
+    level: str = "block",
+    filter_fn: FilterFn | None = None,
+    strict: bool = False,
+    inplace: bool = False,
+) -> nn.Module:
+    """The same model, with its layers on torch_mbv2 kernels.
+
+    Convolutions with the padding, batch norm and activation around them, linear layers, average
+    pooling (also as a mean over height and width) and residual adds are swapped; dropout is idle.
+    Everything else, and everything that does not match exactly, stays stock; `report` says why.
+    Equivalent: `model(x)` in eval mode.
+
+    Args:
+        model: in eval mode; float32, float16 or bfloat16; on any device.
+        level: "op" swaps layer by layer; "block" also fuses whole blocks where a kernel exists.
+        filter_fn: `filter_fn(qualified_name, module)` returns whether a module may be swapped.
+        strict: raise if a layer for whose kind a kernel exists would stay stock.
+        inplace: change `model` itself instead of a copy.
+
+    Returns:
+        The patched model: of the same class, with the same attribute names. Patching it again is
+        the same as patching the stock model with the new arguments.
+
+    Raises:
+        Error: `model` is in training mode, `level` is unknown, or `strict` is not met.
+    """
+    if level not in LEVELS:
+        raise Error(f"torch_mbv2.patch: level must be one of {LEVELS}, got {level!r}")
+    training = next((name for name, m in model.named_modules() if m.training), None)
+    if training is not None:
+        where = f"{training!r} is" if training else "the model is"
+        raise Error(
+            f"torch_mbv2.patch: {where} in training mode; call model.eval() first "
+            "(the kernels are for inference only)"
+        )
+    if _is_torch_leaf(model) and inplace:
+        raise Error(
+            f"torch_mbv2.patch: a bare {type(model).__name__} cannot become another module in place; "
+            "use the returned one (inplace=False)"
+        )
+    if _is_torch_leaf(model):
+        box = nn.Sequential(model).train(model.training)
+        return patch(box, level=level, filter_fn=filter_fn, strict=strict)[0]
+    if not inplace or strict:
+        patched = unpatch(model)  # always a copy
+        _patch(patched, filter_fn or _all)
+        left = [row for row in report(patched).rows if row.kernel is None and row.supported]
+        if strict and left:
+            listed = "; ".join(f"{row.name}: {row.reason}" for row in left[:5])
+            more = f"; and {len(left) - 5} more" if len(left) > 5 else ""
+            raise Error(
+                f"torch_mbv2.patch: strict=True, but {len(left)} layers stay stock ({listed}{more})"
+            )
+        if not inplace:
+            return patched
+    _unpatch(model)
+    _patch(model, filter_fn or _all)
+    return model
+
+
+def _patch(model: nn.Module, filter_fn: FilterFn) -> None:
+    reasons: dict[int, str] = {}
+    traced = list(_trace_all(model, reasons))
+    calls = _count_calls(model, [g for _, _, g in traced], [m for _, m, _ in traced])
+    for name, module, graph in traced:
+        scope = _Scope(module, name, graph, calls, filter_fn, reasons)
+        for node in list(graph.nodes):
+            if not node._erased:
+                _ = any(handle(scope, node) for handle in _HANDLERS)
+        if scope.rewritten:
+            graph.lint()
+            _set_forward(module, graph)
+        left = [_call_name(node) for node in graph.nodes if _could_run(scope, node)]
+        if left:
+            module.__dict__[_CALLS] = left
+    _swap_untraced(model, calls, filter_fn, reasons)
+    for name, module in model.named_modules():
+        if isinstance(module, Swapped):
+            continue
+        reason = reasons.get(id(module)) or _why_stock(module, name, filter_fn)
+        if reason is not None:
+            module.__dict__[_REASON] = reason
+
+
+def _could_run(scope: _Scope, node: fx.Node) -> bool:
+    return _calls(
+        node,
+        (F.conv2d, F.linear, F.avg_pool2d, F.adaptive_avg_pool2d, torch.conv2d),
+    )
+
+
+def _call_name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _swap_untraced(
+    model: nn.Module, calls: Counter[int], filter_fn: FilterFn, reasons: dict[int, str]
+) -> None:
+    """Swap, one by one, the layers in modules whose forward could not be traced."""
+    for name, module in list(model.named_modules()):
+        if id(module) in reasons or type(module) not in (nn.Conv2d, nn.Linear, nn.AvgPool2d):
+            continue
+        if any(isinstance(parent, Swapped) for parent in _parents(model, name)):
+            continue
+        reason = _untouchable(module, name, filter_fn)
+        if reason is None and type(module) is nn.Conv2d:
+            reason = _conv_reason(module)
+        if reason is not None:
+            reasons[id(module)] = reason
+            continue
+        swap = {
+            nn.Conv2d: modules.FusedConv2d,
+            nn.Linear: modules.FusedLinear,
+            nn.AvgPool2d: modules.AvgPool2d,
+        }[type(module)]
+        _set_submodule(model, name, swap.from_stock(module))
+
+
+def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    path = name.split(".")
+    for i in range(1, len(path)):
+        yield model.get_submodule(".".join(path[:i]))
+
+
+def _why_stock(module: nn.Module, name: str, filter_fn: FilterFn) -> str | None:
+    """The reason for a layer that no handler took; None for mere containers."""
+    if any(True for _ in module.children()) or type(module) is nn.Identity:
+        return None
+    base = next((cls for cls in _SUPPORTED if isinstance(module, cls)), None)
+    if not _is_torch_leaf(module) and base is None:
+        return "no kernel for it" if next(module.parameters(), None) is not None else None
+    general = _untouchable(module, name, filter_fn)
+    if general is not None:
+        return general
+    if type(module) is nn.BatchNorm2d:
+        return "no convolution that is used only here comes right before it"
+    if modules.bounds_of(module) is not None:
+        return "no layer with a kernel that is used only here comes right before it"
+    if base is not None and type(module) is not base:
+        return f"a subclass of {base.__name__} may do something else"
+    return f"no kernel for {type(module).__name__}"
+
+
+def fold_norms(model: nn.Module) -> nn.Module:
+    """A copy of `model` of stock layers only, with the batch norms folded into the convolutions: the
+    fair baseline to time against. Equivalent: `model(x)` in eval mode.
+    """
+    model = unpatch(model)
+    traced = list(_trace_all(model, {}))
+    calls = _count_calls(model, [g for _, _, g in traced], [m for _, m, _ in traced])
+    for name, root, graph in traced:
+        scope = _Scope(root, name, graph, calls, _all, {})
+        for node in graph.nodes:
+            conv, follower = scope.module(node), scope.next(node)
+            norm = scope.module(follower) if follower is not None else None
+            parts = _split_norm(norm) if norm is not None else None
+            if conv is None or norm is None or parts is None or not _is_conv(conv):
+                continue
+            if calls[id(conv)] != 1 or calls[id(norm)] != 1:
+                continue
+            weight, bias = fold.fold_batch_norm(conv.weight, conv.bias, parts[0])
+            conv.weight = nn.Parameter(weight, requires_grad=False)
+            conv.bias = nn.Parameter(bias, requires_grad=False)
+            _set_submodule(root, str(follower.target), parts[1] or nn.Identity())
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """A copy of `model` with the stock layers back in their places: bit-identical outputs.
+
+    What was done to the patched model (`.to()`, `.half()`) is done to the stock layers too. A model
+    that is not patched is just copied.
+    """
+    box = nn.Sequential(copy.deepcopy(model))  # `model` itself may be a swapped layer
+    _unpatch(box)
+    return box[0]
+
+
+def _unpatch(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        _reset_forward(module)
+        for mark in (_REASON, _CALLS):
+            module.__dict__.pop(mark, None)
+        for name, child in list(module.named_children()):
+            if isinstance(child, Swapped):
+                if child.stock is None:
+                    delattr(module, name)
+                else:
+                    setattr(module, name, child.stock)
+
+
+def report(model: nn.Module) -> Report:
+    """What `patch` did to `model` or, if it is not patched, would do at the default level.
+
+    Returns:
+        One row for each layer: its name, kind and sizes, and the kernel that takes it or the reason
+        why it stays stock. `str()` of it is a table.
+    """
+    if not any(isinstance(m, Swapped) or _REASON in m.__dict__ for m in model.modules()):
+        if any(m.training for m in model.modules()):
+            model = copy.deepcopy(model).eval()
+        model = patch(model)
+    return Report(list(_rows(model)), _extension.why_not_available())
+
+
+def _rows(model: nn.Module) -> Iterator[Row]:
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if isinstance(module, Swapped):
+            inside.update(id(m) for m in module.modules())
+            yield Row(name, module.kind, _detail(module), module.kernel, None)
+            if isinstance(module, modules.Folded) and module.rest is not None:
+                kind = type(module.rest).__name__
+                yield Row(f"{name}.rest", kind, "", None, f"no kernel for {kind}", False)
+            continue
+        reason = module.__dict__.get(_REASON)
+        if reason is None:
+            for call in module.__dict__.get(_CALLS, ()):
+                why = "a function call of this form has no kernel"
+                yield Row(name, call, "", None, why, False)
+        else:
+            leaf = not any(True for _ in module.children())
+            supported = leaf and isinstance(module, _SUPPORTED)
+            yield Row(name, type(module).__name__, _detail(module), None, reason, supported)
+
+
+def _detail(module: nn.Module) -> str:
+    if isinstance(module, modules.FusedConv2d | nn.Conv2d):
+        kernel = "x".join(str(k) for k in module.kernel_size)
+        stride = "" if set(module.stride) == {1} else f" s{module.stride[0]}"
+        groups = "" if module.groups == 1 else f" g{module.groups}"
+        return f"{module.in_channels} -> {module.out_channels}, {kernel}{stride}{groups}"
+    if isinstance(module, modules.FusedLinear | nn.Linear):
+        return f"{module.in_features} -> {module.out_features}"
+    if isinstance(module, modules.Folded):
+        return f"into {module.into}" if module.into else "idle in eval mode"
+    return ""

@@ -1,0 +1,92 @@
+"""What each op means, in stock PyTorch operators: the CPU implementations call these functions, and
+the tests compare the CUDA kernels with them. They check nothing; `ops.py` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def clamp(x: Tensor, act_min: float | None, act_max: float | None) -> Tensor:
+    """Clamp the freshly made tensor `x` in place; None leaves a side open."""
+    if act_min is None and act_max is None:
+        return x
+    return x.clamp_(act_min, act_max)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    """`F.conv2d(F.pad(input, padding), ...).clamp(act_min, act_max)`; padding as in `F.pad`."""
+    left, right, top, bottom = padding
+    if left == right and top == bottom:
+        symmetric = (top, left)
+    else:
+        input = F.pad(input, (left, right, top, bottom))
+        symmetric = (0, 0)
+    out = F.conv2d(input, weight, bias, tuple(stride), symmetric, tuple(dilation), groups)
+    return clamp(out, act_min, act_max)
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    """`F.linear(input, weight, bias).clamp(act_min, act_max)`."""
+    return clamp(F.linear(input, weight, bias), act_min, act_max)
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    """`F.avg_pool2d` with the same arguments."""
+    return F.avg_pool2d(
+        input,
+        tuple(kernel_size),
+        tuple(stride),
+        tuple(padding),
+        ceil_mode,
+        count_include_pad,
+        divisor_override,
+    )
+
+
+def global_avg_pool2d(input: Tensor, keepdim: bool) -> Tensor:
+    """`input.mean((2, 3), keepdim=keepdim)`."""
+    return input.mean((2, 3), keepdim=keepdim)
+
+
+def add(input: Tensor, other: Tensor, act_min: float | None, act_max: float | None) -> Tensor:
+    """`(input + other).clamp(act_min, act_max)`."""
+    return clamp(torch.add(input, other), act_min, act_max)
+
+
+def im2col(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Tensor:
+    """`F.unfold(input, kernel_size, dilation, padding, stride)`."""
+    return F.unfold(input, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
