@@ -86,7 +86,9 @@ def test_same_answers_and_back(stock, device):
     expected = stock(x)
     before = {name: value.clone() for name, value in stock.state_dict().items()}
     fast = torch_mbv2.patch(stock)
-    assert isinstance(fast, type(stock) if type(stock).__name__ != "GraphModule" else fx.GraphModule)
+    assert isinstance(
+        fast, type(stock) if type(stock).__name__ != "GraphModule" else fx.GraphModule
+    )
     assert relative(fast(x), expected) < 2e-5
     assert torch.equal(stock(x), expected), "patch touched the model it was given"
     back = torch_mbv2.unpatch(fast)
@@ -95,7 +97,9 @@ def test_same_answers_and_back(stock, device):
     assert all(torch.equal(value, before[name]) for name, value in back.state_dict().items())
 
 
-@pytest.mark.parametrize("stock", ["torchvision", "own", "own same", "timm", "graph"], indirect=True)
+@pytest.mark.parametrize(
+    "stock", ["torchvision", "own", "own same", "timm", "graph"], indirect=True
+)
 def test_every_layer_of_a_mobilenet_v2_gets_a_kernel(stock):
     report = torch_mbv2.report(torch_mbv2.patch(stock))
     counts = {
@@ -185,7 +189,9 @@ def test_training_mode_is_refused():
 
 
 def test_unknown_level_is_refused():
-    with pytest.raises(torch_mbv2.Error, match=r"level must be one of \('op', 'block'\), got 'all'"):
+    with pytest.raises(
+        torch_mbv2.Error, match=r"level must be one of \('op', 'block'\), got 'all'"
+    ):
         torch_mbv2.patch(small_net(), level="all")
 
 
@@ -333,7 +339,10 @@ CASES = {
     ),
     "F.pad": (lambda m, x: m.a(F.pad(x, (1, 0, 2, 0))), {"a": conv(4, 4, 3, padding=1)}),
     "F.pad of a value": (lambda m, x: m.a(F.pad(x, (1, 1, 1, 1), value=2.0)), {"a": conv(4, 4, 3)}),
-    "F.pad reflect": (lambda m, x: m.a(F.pad(x, (1, 1, 1, 1), mode="reflect")), {"a": conv(4, 4, 3)}),
+    "F.pad reflect": (
+        lambda m, x: m.a(F.pad(x, (1, 1, 1, 1), mode="reflect")),
+        {"a": conv(4, 4, 3)},
+    ),
     "padding same": (lambda m, x: m.a(x), {"a": conv(4, 6, (4, 3), padding="same", dilation=2)}),
     "padding valid": (lambda m, x: m.a(x), {"a": conv(4, 6, (4, 3), padding="valid")}),
     "padding circular": (
@@ -370,7 +379,10 @@ CASES = {
     ),
     "AdaptiveAvgPool2d(1)": (lambda m, x: m.p(x), {"p": nn.AdaptiveAvgPool2d(1)}),
     "AdaptiveAvgPool2d(3)": (lambda m, x: m.p(x), {"p": nn.AdaptiveAvgPool2d(3)}),
-    "adaptive_avg_pool2d": (lambda m, x: F.adaptive_avg_pool2d(m.a(x), (1, 1)), {"a": conv(4, 4, 3)}),
+    "adaptive_avg_pool2d": (
+        lambda m, x: F.adaptive_avg_pool2d(m.a(x), (1, 1)),
+        {"a": conv(4, 4, 3)},
+    ),
     "Linear, relu": (
         lambda m, x: F.relu(m.d(m.l(x.flatten(2)))),
         {"l": nn.Linear(99, 7), "d": nn.Dropout(0.5)},
@@ -426,7 +438,10 @@ def test_kernels_of_a_pattern(case, expected):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (conv(4, 4, 3, padding=1, padding_mode="circular"), "padding_mode 'circular' has no kernel"),
+        (
+            conv(4, 4, 3, padding=1, padding_mode="circular"),
+            "padding_mode 'circular' has no kernel",
+        ),
         (conv(4, 4, 3).double(), "dtype float64 has no kernel"),
         (nn.AdaptiveAvgPool2d(3), "adaptive pooling to 3 has no kernel"),
         (nn.BatchNorm2d(4), "no convolution that is used only here comes right before it"),
@@ -520,7 +535,9 @@ def test_extra_repr_is_complete():
 
 
 @pytest.mark.parametrize("size", [7, 8, 9, 224, 225])
-@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 2, 1), (3, 1, 1), (5, 2, 1), (3, 1, 2)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(3, 2, 1), (3, 1, 1), (5, 2, 1), (3, 1, 2)]
+)
 def test_same_padding_gives_ceil_of_size_over_stride(size, kernel, stride, dilation):
     x = torch.empty(1, 1, size, size + 1)
     pads = modules.same_padding(x, (kernel,) * 2, (stride,) * 2, (dilation,) * 2)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Padding = tuple[int, int, int, int] | Literal["same"]
-"""Zero padding of a 3x3 convolution: (left, right, top, bottom) as in `F.pad`, or TensorFlow's SAME."""
+"""Zeros around a 3x3 convolution: (left, right, top, bottom) as `F.pad`, or TensorFlow's SAME."""
 
-# t (expansion), c (output channels), n (repeats), s (stride of the first repeat): table 2 of the paper.
+# t (expansion), c (output channels), n (repeats), s (stride of the first): table 2 of the paper.
 DEFAULT_SETTING = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
@@ -115,14 +115,14 @@ class MobileNetV2(nn.Module):
 
     num_classes: rows of the classifier.
     width_mult: scales every channel count; the last one only upwards, as torchvision does.
-    inverted_residual_setting: rows (t, c, n, s): expansion, channels, repeats, stride of the first.
+    inverted_residual_setting: rows (t, c, n, s): expansion, channels, repeats, first stride.
     round_nearest: channel counts are rounded to multiples of this; 1 leaves them.
-    padding: "symmetric" (PyTorch: 1 on every side) or "same" (TensorFlow: strided convolutions of an
-        even size pad right and bottom only).
+    padding: "symmetric" (PyTorch: 1 on every side) or "same" (TensorFlow: strided convolutions pad
+        an even size at the right and the bottom only).
     dropout: probability before the classifier, in training.
     in_channels: channels of the image.
 
-    `MobileNetV2.from_architecture` builds one from explicit channel counts, paddings and activation.
+    `MobileNetV2.from_architecture` takes explicit channel counts, paddings and activation instead.
     Raises ValueError for arguments outside these ranges.
     """
 

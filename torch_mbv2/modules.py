@@ -228,7 +228,7 @@ class FusedLinear(Swapped):
 
 
 class AvgPool2d(Swapped):
-    """nn.AvgPool2d; see `ops.avg_pool2d`. A (C, H, W) input is taken as one image, as stock does."""
+    """nn.AvgPool2d; see `ops.avg_pool2d`. A (C, H, W) input is one image, as for stock."""
 
     kind = "avg_pool2d"
     kernel = "avg_pool2d"
@@ -419,5 +419,3 @@ def bounds_of(module: nn.Module) -> tuple[float | None, float | None] | None:
 def adaptive_to_one(size: Any) -> bool:
     """Whether an adaptive pooling's output size is 1 x 1."""
     return size in (1, (1, 1), [1, 1])
-
-

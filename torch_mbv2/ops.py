@@ -3,9 +3,9 @@ PyTorch implementation, fake (shapes and strides without data) and documented wr
 
 The wrappers take what the `torch.nn.functional` namesakes take, plus `activation`: None, "relu",
 "relu6", or (min, max) with None for an open side. Every op takes float32, float16 and bfloat16,
-accumulates in float32, rounds once, and is for inference only. The stock implementation serves every
-device; the compiled library replaces it on CUDA. Both, and the fake, refuse bad arguments with the
-same sentence.
+accumulates in float32, rounds once, and is for inference only. The stock implementation serves
+every device; the compiled library replaces it on CUDA. Both, and the fake, refuse bad arguments
+with the same sentence.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _library = torch.library.Library("torch_mbv2", "DEF")
 
 
-def _define(
-    schema: str, fake: Callable[..., Tensor], implementation: Callable[..., Tensor]
-) -> Any:
+def _define(schema: str, fake: Callable[..., Tensor], implementation: Callable[..., Tensor]) -> Any:
     """Register one op: its schema, its fake, and its implementation for every device."""
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -107,9 +105,7 @@ def _check_activation(op: str, act_min: float | None, act_max: float | None) -> 
         raise _fail(op, f"act_min must not exceed act_max, got {act_min:g} and {act_max:g}")
 
 
-def _check_kernel_fits(
-    op: str, height: int, width: int, kernel_h: int, kernel_w: int
-) -> None:
+def _check_kernel_fits(op: str, height: int, width: int, kernel_h: int, kernel_w: int) -> None:
     if kernel_h < 1 or kernel_w < 1 or height < kernel_h or width < kernel_w:
         raise _fail(
             op,
@@ -150,8 +146,7 @@ def _bounds(op: str, activation: Activation) -> tuple[float | None, float | None
         if activation not in _ACTIVATIONS:
             raise _fail(
                 op,
-                'activation must be None, "relu", "relu6" or (min, max), '
-                f"got {activation!r}",
+                f'activation must be None, "relu", "relu6" or (min, max), got {activation!r}',
             )
         return _ACTIVATIONS[activation]
     act_min, act_max = activation
@@ -279,9 +274,9 @@ def conv2d(
 ) -> Tensor:
     """2-D convolution with bias and activation in one kernel.
 
-    Equivalent: `F.conv2d(F.pad(input, padding), weight, bias, stride, 0, dilation, groups)` followed
-    by the activation. Pointwise convolutions run as a tensor-core GEMM, depthwise ones as a direct
-    kernel, all others as an implicit GEMM.
+    Equivalent: `F.conv2d(F.pad(input, padding), weight, bias, stride, 0, dilation, groups)`
+    followed by the activation. Pointwise convolutions run as a tensor-core GEMM, depthwise ones as a
+    direct kernel, all others as an implicit GEMM.
 
     Args:
         input: (N, Cin, H, W), float32, float16 or bfloat16; channels_last is fastest.
@@ -327,9 +322,7 @@ def _winograd_shape(
     act_max: float | None,
 ) -> tuple[int, int, int, int]:
     op = "conv2d_winograd"
-    shape = _conv2d_shape(
-        op, input, weight, bias, (1, 1), padding, (1, 1), 1, act_min, act_max
-    )
+    shape = _conv2d_shape(op, input, weight, bias, (1, 1), padding, (1, 1), 1, act_min, act_max)
     if tuple(weight.shape[2:]) != (3, 3):
         raise _fail(op, f"weight must have a 3 x 3 kernel, got {_shape(weight)}")
     return shape
@@ -376,8 +369,8 @@ def conv2d_winograd(
 ) -> Tensor:
     """3 x 3 dense convolution of stride 1 by Winograd's F(2x2, 3x3): 2.25 times fewer products.
 
-    Equivalent: `conv2d(input, weight, bias, padding=padding, activation=activation)`. Transforms and
-    products are in float32 for every dtype. Source: Lavin and Gray, "Fast Algorithms for
+    Equivalent: `conv2d(input, weight, bias, padding=padding, activation=activation)`. Transforms
+    and products are in float32 for every dtype. Source: Lavin and Gray, "Fast Algorithms for
     Convolutional Neural Networks", CVPR 2016, section 4.1.
 
     Args:
@@ -415,9 +408,7 @@ def _linear_shape(
         raise _fail(op, f"input must have shape (..., K), got {_shape(input)}")
     features = input.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != features:
-        raise _fail(
-            op, f"weight must have shape (N, {features}) from input, got {_shape(weight)}"
-        )
+        raise _fail(op, f"weight must have shape (N, {features}) from input, got {_shape(weight)}")
     _check_bias(op, bias, weight.shape[0], input)
     _check_activation(op, act_min, act_max)
     return (*input.shape[:-1], weight.shape[0])
@@ -653,22 +644,16 @@ def global_avg_pool2d(input: Tensor, keepdim: bool = False) -> Tensor:
 # ------------------------------------------------------------------------------------------- add
 
 
-def _add_check(
-    input: Tensor, other: Tensor, act_min: float | None, act_max: float | None
-) -> None:
+def _add_check(input: Tensor, other: Tensor, act_min: float | None, act_max: float | None) -> None:
     op = "add"
     _check_float(op, input)
     _check_alike(op, "other", other, input)
     if input.shape != other.shape:
-        raise _fail(
-            op, f"other must have the shape of input, {_shape(input)}, got {_shape(other)}"
-        )
+        raise _fail(op, f"other must have the shape of input, {_shape(input)}, got {_shape(other)}")
     _check_activation(op, act_min, act_max)
 
 
-def _add_fake(
-    input: Tensor, other: Tensor, act_min: float | None, act_max: float | None
-) -> Tensor:
+def _add_fake(input: Tensor, other: Tensor, act_min: float | None, act_max: float | None) -> Tensor:
     _add_check(input, other, act_min, act_max)
     if input.dim() == 4:
         return _empty_channels_last(input, *input.shape)

@@ -1,13 +1,14 @@
 """`patch`, `unpatch` and `report`.
 
-How a model is patched. The forward of each module that is written by a user or a model zoo is traced
-by torch.fx, one module at a time (plain Sequentials are looked through, other modules are opaque), so
-that the order of calls is known and not guessed from names. Handlers then match patterns on that
-small graph: a convolution with its padding, batch norm and activation, a linear layer, a pooling, a
-residual add. A match swaps modules in place: the first gets the fused module, the others a `Folded`
-identity. So the model keeps its class, its attributes and its names. Only where a pattern contains
-a function call (`x + self.conv(x)`, `x.mean([2, 3])`) the forward of that one module is replaced by
-the code of its rewritten graph. Whatever is not matched exactly stays as it was, with a reason.
+How a model is patched. The forward of each module that is written by a user or a model zoo is
+traced by torch.fx, one module at a time (plain Sequentials are looked through, other modules are
+opaque), so that the order of calls is known and not guessed from names. Handlers then match
+patterns on that small graph: a convolution with its padding, batch norm and activation, a linear
+layer, a pooling, a residual add. A match swaps modules in place: the first gets the fused module,
+the others a `Folded` identity. So the model keeps its class, its attributes and its names. Only
+where a pattern contains a function call (`x + self.conv(x)`, `x.mean([2, 3])`) the forward of that
+one module is replaced by the code of its rewritten graph. Whatever is not matched exactly stays as
+it was, with a reason.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ class Report:
         counts = Counter(row.kernel for row in self.patched)
         kernels = ", ".join(f"{n} {kernel}" for kernel, n in counts.most_common())
         folded = sum(row.kernel == "folded" for row in self.rows)
-        parts = [f"{len(self.patched)} layers on torch_mbv2 kernels" + f" ({kernels})" * bool(kernels)]
+        parts = [
+            f"{len(self.patched)} layers on torch_mbv2 kernels" + f" ({kernels})" * bool(kernels)
+        ]
         parts.append(f"{folded} folded into them")
         parts.append(f"{len(self.stock)} stock")
         return ", ".join(parts)
@@ -171,8 +174,8 @@ def _restore_rewritten(
 
 def _set_forward(module: nn.Module, graph: fx.Graph) -> None:
     if isinstance(module, fx.GraphModule):
-        # A GraphModule survives copying and pickling only with what its graph calls, so one of those
-        # modules carries the stock graph.
+        # A GraphModule survives copying and pickling only with what its graph calls, so one of
+        # those modules carries the stock graph.
         stock_graph = copy.deepcopy(module.graph)
         module.graph = graph
         next(_swapped_in(module)).__dict__["stock_graph"] = stock_graph
@@ -486,7 +489,7 @@ def _take_padding(scope: _Scope, node: fx.Node, into: str) -> Any:
         constant = _argument(source, 2, "mode", "constant") == "constant"
         zero = _argument(source, 3, "value", None) in (None, 0)
         whole = all(isinstance(p, int) and p >= 0 for p in pad) and len(pad) in (2, 4)
-        sides = tuple((pad + [0, 0])[:4]) if constant and zero and whole else None
+        sides = tuple([*pad, 0, 0][:4]) if constant and zero and whole else None
     else:
         sides = None
     if sides is None:
@@ -609,7 +612,10 @@ def _mean(scope: _Scope, node: fx.Node) -> bool:
     after = scope.next(node)
     if dims not in (3, -1) or keepdim or after is None:
         return False
-    if not _calls(after, (torch.mean,), ("mean",)) or _argument(after, 1, "dim", None) not in (2, -1):
+    if not _calls(after, (torch.mean,), ("mean",)) or _argument(after, 1, "dim", None) not in (
+        2,
+        -1,
+    ):
         return False
     if _argument(after, 2, "keepdim", False) or after.kwargs.get("dtype") is not None:
         return False
@@ -641,10 +647,8 @@ def _add(scope: _Scope, node: fx.Node) -> bool:
             return True
     elif not _calls(node, (operator.add, operator.iadd, torch.add), ("add", "add_")):
         return False
-    elif len(node.args) != 2 or node.kwargs:
-        return False
     operands = node.args
-    if len(operands) != 2 or not all(isinstance(x, fx.Node) for x in operands):
+    if len(operands) != 2 or node.kwargs or not all(isinstance(x, fx.Node) for x in operands):
         return False
     if not any(_through_identities(scope, x) in scope.produced for x in operands):
         return False
@@ -665,9 +669,7 @@ def _onnx_adds(module: nn.Module) -> bool:
 
 
 def _through_identities(scope: _Scope, node: fx.Node) -> fx.Node:
-    while node.op == "call_module" and isinstance(
-        scope.module(node), nn.Identity | modules.Folded
-    ):
+    while node.op == "call_module" and isinstance(scope.module(node), nn.Identity | modules.Folded):
         if node in scope.produced:
             return node
         node = node.args[0]
@@ -762,8 +764,8 @@ def patch(
         )
     if _is_torch_leaf(model) and inplace:
         raise Error(
-            f"torch_mbv2.patch: a bare {type(model).__name__} cannot become another module in place; "
-            "use the returned one (inplace=False)"
+            f"torch_mbv2.patch: a bare {type(model).__name__} cannot become another module in "
+            "place; use the returned one (inplace=False)"
         )
     if _is_torch_leaf(model):
         box = nn.Sequential(model).train(model.training)
@@ -869,8 +871,8 @@ def _why_stock(module: nn.Module, name: str, filter_fn: FilterFn) -> str | None:
 
 
 def fold_norms(model: nn.Module) -> nn.Module:
-    """A copy of `model` of stock layers only, with the batch norms folded into the convolutions: the
-    fair baseline to time against. Equivalent: `model(x)` in eval mode.
+    """A copy of `model` of stock layers only, with the batch norms folded into the convolutions:
+    the fair baseline to time against. Equivalent: `model(x)` in eval mode.
     """
     model = unpatch(model)
     traced = list(_trace_all(model, {}))

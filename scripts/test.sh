@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets everything up in .venv and runs the linter and the tests. Arguments go to pytest.
+set -euo pipefail
+. "$(dirname "$0")/_setup.sh"
+say "ruff"
+ruff check .
+say "pytest (tests marked cuda are skipped where there is no GPU)"
+exec python -m pytest "$@"

@@ -1,0 +1,164 @@
+"""MobileNetV2 against torchvision's, and against the meaning of its arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx_helpers import randomise
+from torch import fx, nn
+from torch_mbv2.mobilenet import Architecture, Block, MobileNetV2, SamePad2d
+
+torchvision = pytest.importorskip("torchvision", reason="torchvision is the reference here")
+
+SETTING = [[1, 8, 1, 1], [6, 16, 2, 2], [4, 24, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"width_mult": 0.35}, (64, 64)),
+        ({"width_mult": 1.4, "num_classes": 3}, (33, 47)),
+        ({"width_mult": 0.1, "round_nearest": 4}, (96, 32)),
+        ({"inverted_residual_setting": SETTING, "num_classes": 10}, (1, 1)),
+    ],
+)
+def test_torchvision_state_dict_both_ways(options: dict, size: tuple[int, int]) -> None:
+    theirs = randomise(torchvision.models.MobileNetV2(**options), seed=1)
+    ours = MobileNetV2(**options).eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    image = torch.randn(2, 3, *size)
+    with torch.inference_mode():
+        assert torch.equal(ours(image), theirs(image))
+
+    back = torchvision.models.MobileNetV2(**options).eval()
+    back.load_state_dict(randomise(ours, seed=2).state_dict())
+    with torch.inference_mode():
+        assert torch.equal(back(image), ours(image))
+
+
+def test_default_is_torchvisions() -> None:
+    ours = {name: tensor.shape for name, tensor in MobileNetV2().state_dict().items()}
+    theirs = {
+        name: tensor.shape
+        for name, tensor in torchvision.models.mobilenet_v2(weights=None).state_dict().items()
+    }
+    assert ours == theirs
+
+
+def test_training_matches_torchvision() -> None:
+    """Dropout, batch statistics and gradients too: it is a stock module."""
+    theirs = torchvision.models.MobileNetV2(inverted_residual_setting=SETTING)
+    ours = MobileNetV2(inverted_residual_setting=SETTING)
+    ours.load_state_dict(theirs.state_dict())
+    image = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        model(image).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("size", [(6, 6), (6, 7), (7, 6), (7, 7), (1, 1), (2, 1)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (3, 3), (5, 2), (2, 2)])
+def test_same_pad(kernel: int, stride: int, size: tuple[int, int]) -> None:
+    """Padded as TensorFlow says: ceil(size / stride) outputs, the odd zero at the end."""
+    x = torch.randn(1, 1, *size)
+    padded = SamePad2d(kernel, stride)(x)
+    expected = []
+    for length in reversed(size):
+        out = -(-length // stride)
+        total = max((out - 1) * stride + kernel - length, 0)
+        expected += [total // 2, total - total // 2]
+    assert torch.equal(padded, F.pad(x, expected))
+    conv = F.conv2d(padded, torch.ones(1, 1, kernel, kernel), stride=stride)
+    assert conv.shape[2:] == tuple(-(-length // stride) for length in size)
+
+
+def test_same_pad_rejects_large_stride() -> None:
+    with pytest.raises(ValueError, match=r"stride must be in 1\.\.3, got 4"):
+        SamePad2d(3, 4)
+
+
+def test_same_padding_shifts_strided_convolutions_only() -> None:
+    """The stem of an even image sees rows 0, 2, ..., where symmetric padding sees -1, 1, ..."""
+    model = MobileNetV2(width_mult=0.25, padding="same").eval()
+    image = torch.randn(1, 3, 32, 32)
+    stem = model.features[0]
+    weight = dict(stem.named_children())["0"].weight
+    with torch.inference_mode():
+        out = stem[:2](image)  # pad and convolution
+        assert torch.equal(out, F.conv2d(F.pad(image, (0, 1, 0, 1)), weight, stride=2))
+    pads = [name for name, module in model.named_modules() if isinstance(module, SamePad2d)]
+    assert pads == [
+        "features.0.pad",
+        *(f"features.{i}.conv.1.pad" for i in (2, 4, 7, 14)),
+    ]
+
+
+@pytest.mark.parametrize("padding", ["same", (0, 1, 0, 1), (2, 0, 1, 1)])
+def test_padding_keeps_parameter_names(padding: object) -> None:
+    blocks = (Block(None, 8, padding=padding), Block(16, 8, 2, padding))
+    padded = MobileNetV2.from_architecture(Architecture(8, blocks, 32, stem_padding=padding))
+    blocks = (Block(None, 8), Block(16, 8, 2))
+    plain = MobileNetV2.from_architecture(Architecture(8, blocks, 32))
+    plain.load_state_dict(padded.state_dict())
+
+
+def test_architecture_without_norm_names_convolutions_alike() -> None:
+    blocks = (Block(None, 5), Block(7, 5, residual=True), Block(11, 3, 2))
+    folded, kept = (
+        MobileNetV2.from_architecture(
+            Architecture(6, blocks, 13, 4, 1, activation="relu", norm=norm)
+        )
+        for norm in (False, True)
+    )
+    convs = [
+        {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        for model in (folded, kept)
+    ]
+    assert convs[0] == convs[1]
+    assert not any(isinstance(m, (nn.BatchNorm2d, nn.ReLU6)) for m in folded.modules())
+    assert folded.eval()(torch.randn(2, 1, 9, 9)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+def test_symbolic_trace(padding: str) -> None:
+    model = randomise(MobileNetV2(width_mult=0.25, padding=padding))
+    traced = fx.symbolic_trace(model)
+    with torch.inference_mode():
+        for size in (32, 45):
+            image = torch.randn(2, 3, size, size)
+            assert torch.equal(traced(image), model(image))
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+def test_export_with_any_batch(padding: str) -> None:
+    model = randomise(MobileNetV2(inverted_residual_setting=SETTING, padding=padding))
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes)
+    image = torch.randn(5, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(program.module()(image), model(image))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding": "valid"}, 'padding must be "symmetric" or "same", got \'valid\''),
+        ({"width_mult": 0}, "width_mult must be positive, got 0"),
+        ({"inverted_residual_setting": []}, r"rows of \(t, c, n, s\)"),
+        ({"inverted_residual_setting": [[1, 16, 1]]}, r"rows of \(t, c, n, s\)"),
+    ],
+)
+def test_bad_arguments(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MobileNetV2(**options)
+
+
+def test_impossible_residual() -> None:
+    blocks = (Block(None, 5, residual=True),)
+    with pytest.raises(ValueError, match="a residual block needs stride 1"):
+        MobileNetV2.from_architecture(Architecture(6, blocks, 13))

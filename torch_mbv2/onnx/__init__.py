@@ -1,0 +1,50 @@
+"""Loading ONNX files as PyTorch modules."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from torch_mbv2.errors import UnavailableError
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["load_onnx"]
+
+
+def load_onnx(path_or_proto: str | os.PathLike[str] | bytes | onnx.ModelProto) -> nn.Module:
+    """The `nn.Module`, in eval mode on the CPU, that computes what an ONNX model computes.
+
+    A graph that is a MobileNetV2 by its structure comes back as `MobileNetV2`, with torchvision's
+    parameter names: `BatchNorm2d` where the file has it, convolutions with a bias where it is
+    folded. Any other graph is converted by onnx2torch into an `fx.GraphModule`. Weights keep the
+    file's dtype. Nothing in the file is executed.
+
+    path_or_proto: a path (weights in a file next to it are read too), the bytes of such a file, or
+        an `onnx.ModelProto`, which is left as it is.
+
+    Raises ModelError for a file or graph that cannot be used, and UnavailableError if a package
+    that this needs is not installed.
+    """
+    return load_with_input_shape(path_or_proto)[0]
+
+
+def load_with_input_shape(
+    path_or_proto: str | os.PathLike[str] | bytes | onnx.ModelProto,
+) -> tuple[nn.Module, tuple[int | None, ...] | None]:
+    """As `load_onnx`, and the shape that the file declares for its first input, if it does; None
+    stands for a size that may vary."""
+    try:
+        from torch_mbv2.onnx import clean, convert, graph, recognise
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("google", "numpy", "onnx"):
+            raise
+        raise UnavailableError(
+            f"reading ONNX files needs the package {error.name}: pip install 'torch-mbv2[onnx]'"
+        ) from None
+    cleaned = clean.clean(graph.read(path_or_proto))
+    module = recognise.recognise(cleaned) or convert.convert(cleaned)
+    return module, graph.declared_shape(cleaned.inputs[0]) if cleaned.inputs else None

@@ -1,0 +1,237 @@
+"""Where a model comes from: an ONNX file, torchvision or timm, named by one string."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_mbv2.errors import ModelError, UnavailableError
+
+TIMEOUT = 5.0
+"""Seconds that a server has to answer before random weights are taken instead."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known about a loaded model besides its weights; None where nothing is."""
+
+    name: str
+    weights: str  # where they come from, for people to read
+    pretrained: bool  # False for seeded random weights
+    input_shape: tuple[int | None, ...] | None = None  # (N, C, H, W), None for any size
+    mean: tuple[float, ...] | None = None  # of pixels in [0, 1], per channel
+    std: tuple[float, ...] | None = None
+    labels: tuple[str, ...] | None = None
+
+
+def load_model(spec: str, *, pretrained: bool = True, seed: int = 0) -> tuple[nn.Module, ModelInfo]:
+    """The model that `spec` names, in eval mode on the CPU, and what is known about it.
+
+    spec: the path of an ONNX file, `torchvision:NAME` or `timm:NAME`.
+    pretrained: use the library's default weights if they are in its cache or its server answers
+        within a few seconds; else, and where there are none, random weights.
+    seed: of the random weights. The global random state is left as it was.
+
+    Raises ModelError for an unknown name or an unusable file, UnavailableError if the library is
+    not installed.
+    """
+    source, _, name = spec.partition(":")
+    if source == "torchvision":
+        return _from_torchvision(name, pretrained, seed)
+    if source == "timm":
+        return _from_timm(name, pretrained, seed)
+    if not spec.endswith(".onnx") and not Path(spec).exists():
+        raise ModelError(
+            f"{spec}: no such file; a model is an ONNX file, torchvision:NAME or timm:NAME"
+        )
+    return _from_onnx(spec)
+
+
+def _from_onnx(path: str) -> tuple[nn.Module, ModelInfo]:
+    from torch_mbv2.onnx import load_with_input_shape
+
+    model, shape = load_with_input_shape(path)
+    return model, ModelInfo(Path(path).name, f"the file {path}", True, shape)
+
+
+def _from_torchvision(name: str, pretrained: bool, seed: int) -> tuple[nn.Module, ModelInfo]:
+    try:
+        import torchvision
+    except ImportError as error:
+        raise _missing("torchvision", error) from None
+    models = torchvision.models
+    names = models.list_models(module=models)
+    if name not in names:
+        raise _unknown("torchvision", name, names)
+    weights = models.get_model_weights(name).DEFAULT
+    if pretrained:
+        cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name).is_file()
+        why = None if cached else _unreachable(weights.url)
+    else:
+        why = "not asked for"
+    if why is None:
+        try:
+            with _socket_timeout():
+                model = models.get_model(name, weights=weights)
+        except (OSError, RuntimeError) as error:  # cut off, or a damaged file
+            why = str(error)
+    transform = weights.transforms()
+    size = transform.crop_size[0]
+    shape = (None, 3, size, size)
+    text = f"torchvision's {weights}"
+    if why is not None:
+        with _seeded(seed):
+            model = models.get_model(name, weights=None)
+            _settle_norms(model, (3, size, size))
+        text = _random_text(seed, text, why)
+    return model.eval(), ModelInfo(
+        name,
+        text,
+        why is None,
+        shape,
+        tuple(transform.mean),
+        tuple(transform.std),
+        tuple(weights.meta["categories"]),
+    )
+
+
+def _from_timm(name: str, pretrained: bool, seed: int) -> tuple[nn.Module, ModelInfo]:
+    try:
+        import timm
+    except ImportError as error:
+        raise _missing("timm", error) from None
+    if not timm.is_model(name):
+        raise _unknown("timm", name, timm.list_models())
+    config = timm.get_pretrained_cfg(name)
+    why = "not asked for" if not pretrained else None
+    if why is None:
+        why = "there are none" if config is None else _timm_unreachable(config)
+    if why is None:
+        try:
+            with _socket_timeout():
+                model = timm.create_model(name, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            why = str(error)
+    if why is not None:
+        with _seeded(seed):
+            model = timm.create_model(name, pretrained=False)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = config.get("input_size")
+    text = f"timm's {name}" + (f".{config['tag']}" if config.get("tag") else "")
+    if why is not None:
+        if size is not None:
+            with _seeded(seed):
+                _settle_norms(model, size)
+        text = _random_text(seed, text, why)
+    return model.eval(), ModelInfo(
+        name,
+        text,
+        why is None,
+        None if size is None else (None, *size),
+        _floats(config.get("mean")),
+        _floats(config.get("std")),
+    )
+
+
+def _timm_unreachable(config: Any) -> str | None:
+    """Why timm's weights cannot be had; None if they can."""
+    repository = config.hf_hub_id
+    if config.file and Path(config.file).is_file():
+        return None
+    if repository:
+        try:
+            from huggingface_hub import try_to_load_from_cache
+        except ImportError:
+            return "huggingface_hub is not installed"
+        files = ("model.safetensors", "pytorch_model.bin")
+        if any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
+            return None
+        host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        return _unreachable(f"{host}/{repository}/resolve/main/model.safetensors")
+    return _unreachable(config.url) if config.url else "there are none"
+
+
+def _unreachable(url: str) -> str | None:
+    """Why the server of `url` cannot be reached within `TIMEOUT`; None if it can."""
+    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "torch-mbv2"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT):
+            return None
+    except urllib.error.HTTPError as error:
+        return f"{url} answers {error.code}"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return f"{urllib.parse.urlsplit(url).hostname} cannot be reached: {reason}"
+
+
+@contextmanager
+def _socket_timeout() -> Iterator[None]:
+    """Downloads stop when nothing arrives for `TIMEOUT`; the libraries set no limit themselves."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _settle_norms(model: nn.Module, size: Sequence[int]) -> None:
+    """Batch norms take the statistics of a small batch of noise.
+
+    With those that they are made with, the signal of an untrained MobileNetV2 dies out layer by
+    layer: its logits are all but the same for every image, so comparing them would show nothing.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(torch.randn(2, *size))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.num_batches_tracked.zero_()
+
+
+def _random_text(seed: int, wanted: str, why: str) -> str:
+    return f"random, seed {seed} ({wanted}: {why})"
+
+
+def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(float(value) for value in values)
+
+
+def _missing(package: str, error: ImportError) -> UnavailableError:
+    extra = {"torchvision": "onnx", "timm": "test"}[package]
+    return UnavailableError(
+        f"{package} models need the package {error.name or package}: pip install {package}, "
+        f"or pip install 'torch-mbv2[{extra}]'"
+    )
+
+
+def _unknown(library: str, name: str, names: Sequence[str]) -> ModelError:
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = close or difflib.get_close_matches("mobilenetv2", names, n=3, cutoff=0.5)
+    return ModelError(f"{library} has no model named {name!r}; it has {', '.join(close)}, ...")
