@@ -18,33 +18,43 @@ RELATIVE = 1e-5
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Batch norms and biases get random values, so that losing or mixing up any of them shows.
+    """Weights, biases and batch norms get random values, so that losing or mixing up any shows.
 
-    The norms are also settled: a layer's output has mean and deviation of order 1, so that ReLU6
-    sees values below 0 and above 6 in every layer, and the logits depend on the image.
+    The norms' statistics are those of a batch of noise: the signal neither dies out nor blows up,
+    and every ReLU6 sees values below 0 (a sixth) and above 6 (a fiftieth).
     """
     generator = torch.Generator().manual_seed(seed)
+    channels = None
+    norms = []
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.weight, 1.0, 3.0),
-                (module.bias, -1.0, 2.0),
-                (module.running_mean, -0.1, 0.1),
-                (module.running_var, 0.5, 1.5),
-            ):
-                tensor.data.uniform_(low, high, generator=generator)
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
             fan_in = module.weight[0].numel()
+            channels = channels or module.weight.shape[1]
             module.weight.data.normal_(0, fan_in**-0.5, generator=generator)
             if module.bias is not None:
                 module.bias.data.uniform_(-1, 1, generator=generator)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(1, 3, generator=generator)
+            module.bias.data.uniform_(-1, 5, generator=generator)
+            module.train()
+            module.momentum = 1.0
+            norms.append(module)
+    if norms:
+        with torch.no_grad():
+            model.train()(torch.randn(4, channels, 64, 64, generator=generator))
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.num_batches_tracked.zero_()
     return model.eval()
 
 
 def export(model: nn.Module, example: Tensor, **options: object) -> onnx.ModelProto:
     """The model by the legacy exporter, with a batch of any size, or by `dynamo=True`."""
     if not options.get("dynamo", False):
-        options = {"dynamo": False, "dynamic_axes": {"image": {0: "n"}, "logits": {0: "n"}}} | options
+        options = {
+            "dynamo": False,
+            "dynamic_axes": {"image": {0: "n"}, "logits": {0: "n"}},
+        } | options
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from onnx_helpers import randomise
 from torch import fx, nn
+
 from torch_mbv2.mobilenet import Architecture, Block, MobileNetV2, SamePad2d
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is the reference here")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from torch_mbv2.errors import UnavailableError
@@ -32,6 +33,7 @@ def load_onnx(path_or_proto: str | os.PathLike[str] | bytes | onnx.ModelProto) -
     return load_with_input_shape(path_or_proto)[0]
 
 
+@torch.inference_mode(False)
 def load_with_input_shape(
     path_or_proto: str | os.PathLike[str] | bytes | onnx.ModelProto,
 ) -> tuple[nn.Module, tuple[int | None, ...] | None]:

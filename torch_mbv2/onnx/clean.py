@@ -7,9 +7,35 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
 
 from torch_mbv2.errors import ModelError
 from torch_mbv2.onnx.graph import Graph, Node, Shape
+
+# What exporters compute sizes and pads with.
+_ARITHMETIC = frozenset(
+    (
+        *(
+            "Add",
+            "Ceil",
+            "Div",
+            "Equal",
+            "Floor",
+            "Max",
+            "Min",
+            "Mod",
+            "Mul",
+            "Neg",
+            "Sub",
+            "Where",
+        ),
+        *("Cast", "CastLike", "Concat", "ConstantOfShape", "Expand", "Gather", "Reshape", "Shape"),
+        *("Slice", "Squeeze", "Transpose", "Unsqueeze"),
+    )
+)
+# Elements of a tensor that is such a size, or a batch norm's statistics; weights are larger.
+_SMALL = 4096
 
 
 def clean(graph: Graph) -> Graph:
@@ -99,6 +125,71 @@ def drop_tensor_inputs(graph: Graph) -> Graph:
     )
 
 
+def evaluate(graph: Graph) -> Graph:
+    """Arithmetic on small tensors and on known sizes, such as exporters write for pads, is done.
+
+    The first size of a value is left open, so that a batch declared as a number binds nobody.
+    """
+    if not any(node.op in _ARITHMETIC for node in graph.nodes):
+        return graph
+    before = None
+    while graph is not before:  # a pad made known makes the sizes behind it known
+        before, graph = graph, _evaluate_once(graph)
+    return graph
+
+
+def _evaluate_once(graph: Graph) -> Graph:
+    known = graph.shapes() if any(node.op == "Shape" for node in graph.nodes) else {}
+    tensors = dict(graph.tensors)
+    sizes: dict[str, Shape] = {}  # output of Shape -> what is known of it
+    changes = {}
+    for node in graph.nodes:
+        if node.op not in _ARITHMETIC or node.domain or len(node.outputs) != 1:
+            continue
+        output, source = node.outputs[0], node.inputs[0]
+        value = None
+        if node.op == "Shape" and (source in tensors or source in known):
+            shape = tensors[source].shape if source in tensors else (None, *known[source][1:])
+            sizes[output] = shape[node.attributes.get("start", 0) : node.attributes.get("end")]
+            if None not in sizes[output]:
+                value = np.array(sizes[output], np.int64)
+        elif node.op == "Gather" and source in sizes and node.inputs[1] in tensors:
+            index = tensors[node.inputs[1]]
+            picked = [sizes[source][int(i)] for i in index.reshape(-1)]
+            if None not in picked:
+                value = np.array(picked, np.int64).reshape(index.shape)
+        elif all(name in tensors for name in node.inputs if name):
+            value = _compute(node, graph, tensors)
+        if value is not None:
+            tensors[output] = value
+            changes[node] = ()
+    return graph.rewrite(changes, tensors) if changes else graph
+
+
+def _compute(node: Node, graph: Graph, tensors: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """What a node computes from constants; None if that is large, or fails."""
+    inputs = {name: tensors[name] for name in node.inputs if name}
+    if any(array.size > _SMALL for array in inputs.values()):
+        return None
+    if node.op in ("ConstantOfShape", "Expand"):
+        target = inputs[node.inputs[-1]].tolist()
+        if np.prod([float(size) for size in target]) > _SMALL:
+            return None
+    alone = replace(
+        graph,
+        nodes=(node,),
+        tensors=inputs,
+        inputs=(),
+        outputs=(onnx.ValueInfoProto(name=node.outputs[0]),),
+    )
+    try:
+        (value,) = ReferenceEvaluator(alone.to_model()).run(None, {})
+    except Exception:  # the evaluator raises whatever numpy does; the node then stays
+        return None
+    value = np.asarray(value)
+    return value if value.size <= _SMALL else None
+
+
 def explicit_padding(graph: Graph) -> Graph:
     """A convolution's `auto_pad` becomes `pads`, where the sizes are known or the stride is 1."""
     convs = [node for node in graph.nodes if node.op == "Conv" and "auto_pad" in node.attributes]
@@ -149,19 +240,23 @@ def _pads(node: Node, shapes: Mapping[str, Shape]) -> list[int] | None:
 
 
 def fold_pads(graph: Graph) -> Graph:
-    """A Pad with zeros that only a convolution reads becomes the convolution's pads."""
+    """A Pad with zeros that only a convolution reads becomes the convolution's pads; one that adds
+    nothing goes."""
     changes: dict[Node, tuple[Node, ...]] = {}
     for pad in graph.nodes:
-        if pad.op != "Pad":
+        added = _zero_pads(pad, graph) if pad.op == "Pad" else None
+        if added is None:
+            continue
+        if not any(added):
+            changes[pad] = (replace(pad, op="Identity", inputs=pad.inputs[:1], attributes={}),)
             continue
         conv = graph.sole_user(pad.outputs[0])
         if conv is None or conv.op != "Conv" or conv.inputs[0] != pad.outputs[0]:
             continue
-        added = _zero_pads(pad, graph)
-        if not added or conv.attributes.get("auto_pad", "NOTSET") != "NOTSET":
+        if conv.attributes.get("auto_pad", "NOTSET") != "NOTSET":
             continue
         rank = len(added) // 2
-        if any(added[:2] + added[rank : rank + 2]) or min(added) < 0:
+        if rank < 3 or any(added[:2] + added[rank : rank + 2]) or min(added) < 0:
             continue
         spatial = added[2:rank] + added[rank + 2 :]
         old = conv.ints("pads", [0] * len(spatial))
@@ -170,7 +265,7 @@ def fold_pads(graph: Graph) -> Graph:
         inputs = (pad.inputs[0], *conv.inputs[1:])
         changes[conv] = (replace(conv, inputs=inputs, attributes=attributes),)
         changes[pad] = ()
-    return graph.rewrite(changes)
+    return drop_identities(graph.rewrite(changes))
 
 
 def _zero_pads(pad: Node, graph: Graph) -> list[int] | None:
@@ -264,70 +359,62 @@ def _whole_map(node: Node, shape: Shape) -> bool:
 
 
 def flatten_pools(graph: Graph) -> Graph:
-    """Reshape and Squeeze that take a global pool's (N, C, 1, 1) to (N, C) become Flatten(1).
+    """Reshapes and Squeezes that take a global pool's (N, C, 1, 1) to (N, C) become Flatten(1).
 
     Where the file says the batch as a number, the result serves any batch.
     """
     shapes: dict[str, Shape] | None = None
-    producers = graph.producers
     changes: dict[Node, tuple[Node, ...]] = {}
-    for node in graph.nodes:
-        pool = producers.get(node.input(0))
-        if node.op not in ("Flatten", "Reshape", "Squeeze") or pool is None:
-            continue
+    for pool in graph.nodes:
         if pool.op != "GlobalAveragePool":
             continue
         shapes = graph.shapes() if shapes is None else shapes
-        shape = shapes.get(node.inputs[0])
+        shape = shapes.get(pool.outputs[0])
         if shape is None or len(shape) != 4:
             continue
-        if node.op == "Flatten":
-            same = node.attributes.get("axis", 1) in (1, -3)
-        elif node.op == "Squeeze":
-            same = _reduced(node, graph, 4) == [2, 3]
-        else:
-            same = _flattens(node, shape, graph, producers)
-        if same:
-            flat = Node("Flatten", node.inputs[:1], node.outputs, {"axis": 1}, node.name)
-            changes[node] = (flat,)
+        for first in graph.users.get(pool.outputs[0], ()):
+            chain: list[Node] = []
+            node: Node | None = first
+            while node is not None and node.op in ("Flatten", "Reshape", "Squeeze", "Unsqueeze"):
+                chain.append(node)
+                # All of these keep the elements' order, so with C columns there are N rows.
+                after = shapes.get(node.outputs[0], ())
+                columns = shape[1] is not None and len(after) == 2 and after[1] == shape[1]
+                if columns or (node is first and _flattens(node, pool, graph)):
+                    flat = Node("Flatten", pool.outputs, node.outputs, {"axis": 1}, node.name)
+                    changes.update(dict.fromkeys(chain, ()))
+                    changes[node] = (flat,)
+                    break
+                node = graph.sole_user(node.outputs[0])
     return graph.rewrite(changes)
 
 
-def _flattens(reshape: Node, shape: Shape, graph: Graph, producers: Mapping[str, Node]) -> bool:
-    """Whether a Reshape of (N, C, 1, 1) gives (N, C)."""
-    batch, channels = shape[:2]
-    target = graph.tensors.get(reshape.inputs[1])
-    if target is not None:
-        sizes = [int(size) for size in target]
-        if len(sizes) != 2:
-            return False
-        rows, columns = sizes
-        copies = not reshape.attributes.get("allowzero", 0)  # 0 takes the input's size
-        if columns == channels or (columns == 0 and copies):
-            return rows == -1 or (rows == 0 and copies) or (rows > 0 and batch in (None, rows))
-        return columns == -1 and ((rows == 0 and copies) or (rows > 0 and rows == batch))
-    concat = producers.get(reshape.inputs[1])
+def _flattens(node: Node, pool: Node, graph: Graph) -> bool:
+    """Whether a node behind a pool is Flatten(1), or a Reshape to (its batch size, -1)."""
+    if node.op == "Flatten":
+        return node.attributes.get("axis", 1) in (1, -3)
+    if node.op != "Reshape":
+        return False
+    target = graph.tensors.get(node.inputs[1])
+    if target is not None:  # 0 takes the input's size
+        return target.tolist() == [0, -1] and not node.attributes.get("allowzero", 0)
+    concat = graph.producers.get(node.inputs[1])
     if concat is None or concat.op != "Concat" or len(concat.inputs) != 2:
         return False
     columns = graph.tensors.get(concat.inputs[1])
-    if columns is None or columns.size != 1:
+    if columns is None or columns.tolist() != [-1]:
         return False
-    if int(columns.item()) == channels:
-        return True
-    return int(columns.item()) == -1 and _is_batch_size(
-        concat.inputs[0], graph, producers, (reshape.inputs[0], graph.inputs[0].name)
-    )
+    batched = (pool.inputs[0], pool.outputs[0], *(value.name for value in graph.inputs))
+    return _is_batch_size(concat.inputs[0], graph, batched)
 
 
-def _is_batch_size(
-    value: str, graph: Graph, producers: Mapping[str, Node], tensors: tuple[str, ...]
-) -> bool:
-    """Whether `value` is computed as the first size of one of `tensors`."""
+def _is_batch_size(value: str, graph: Graph, batched: tuple[str, ...]) -> bool:
+    """Whether `value` is computed as the first size of one of the values `batched`."""
     first = False
-    while (node := producers.get(value)) is not None:
+    while (node := graph.producers.get(value)) is not None:
         if node.op == "Shape":
-            start, end = node.attributes.get("start", 0), node.attributes.get("end", None)
-            return node.inputs[0] in tensors and start == 0 and (first or end == 1)
+            start, end = node.attributes.get("start", 0), node.attributes.get("end")
+            return node.inputs[0] in batched and start == 0 and (first or end == 1)
         if node.op == "Gather":
             index = graph.tensors.get(node.inputs[1])
             if index is None or index.size != 1 or index.any():
@@ -425,6 +512,7 @@ STEPS: tuple[Callable[[Graph], Graph], ...] = (
     fold_constants,
     drop_identities,
     drop_tensor_inputs,
+    evaluate,
     explicit_padding,
     fold_pads,
     merge_means,
