@@ -1,243 +1,364 @@
-// Depthwise convolution, NHWC: output[n, oh, ow, c] =
-//   clamp(bias[c] + sum over (i, j) of input[n, oh * s + i * d - pad, ..., c] * weight[c, i, j]).
-// Bound by device memory: input read once, output written once.
-#include "common.cuh"
+// Depthwise convolution.
+//
+//   output[n, y, x, c] = clamp(bias[c] + sum over i < kh, j < kw of weight[c, i, j]
+//                              * input[n, y * stride_h - pad_top + i * dilation_h,
+//                                      x * stride_w - pad_left + j * dilation_w, c])
+//
+// input (n, height, width, c) and output (n, out_h, out_w, c) dense; weight (c, kh, kw); bias (c) or
+// null; input outside the image is 0. Accumulates in float32 in a fixed order, rounds once.
+//
+// Two kernels: depthwise_strip for the square windows and strides that networks use, with vectors of
+// channels; depthwise_any for everything else.
+#include <climits>
+
+#include "vector.cuh"
 
 namespace torch_mbv2 {
 namespace {
 
-// How rows of outputs are dealt to threads and blocks.
-struct RowTiling {
-  int channel_vecs;    // vectors of channels in a pixel
-  int row_threads;     // threads that make one strip of rows: column tiles x channel vectors
-  int blocks_per_row;  // blocks that those threads fill
-  int rows;            // output rows a thread makes, one tile after the other
-  int strips;          // ceil(out_h / rows)
+constexpr int kThreads = 128;
+
+struct StripArgs {
+  const void* input;
+  const void* weight;
+  const void* bias;
+  void* output;
+  int height, width, channels, out_h, out_w, pad_top, pad_left;
+  int run_rows;      // output rows of a run
+  uint32_t items;    // images * runs * strips * vectors, below 2^31
+  Divider vectors;   // channel vectors of a pixel
+  Divider strips;    // column strips of a row
+  Divider runs;      // runs of an image
+  Clamp act;
 };
 
-// Makes the compiler forget what it knows of the weights, so that it does not hold them converted to
-// float (72 registers) across rows.
+// Sizes of depthwise_strip for an element type, a window of kK x kK and stride kS.
+//   kVec    channels of a thread
+//   kWidth  output columns of a thread
+//   kAhead  steps whose input is in flight or waiting in registers
+// Chosen for at most 168 registers, so that 12 or more warps fit an SM, with 96 to 128 bytes in
+// flight a thread.
+template <typename T, int kK, int kS>
+struct StripShape;
 template <typename T>
-__device__ __forceinline__ void keep_packed(Packed (&weight)[9]) {
-  if constexpr (sizeof(T) == 2) {
-#pragma unroll
-    for (int i = 0; i < 9; ++i) {
-      uint4& w = weight[i].bits;
-      asm volatile("" : "+r"(w.x), "+r"(w.y), "+r"(w.z), "+r"(w.w));
-    }
-  }
-}
+struct StripShape<T, 3, 1> {
+  static constexpr int kVec = 4, kWidth = sizeof(T) == 2 ? 4 : 2, kAhead = 3;
+};
+template <typename T>
+struct StripShape<T, 3, 2> {
+  static constexpr int kVec = 4, kWidth = sizeof(T) == 2 ? 2 : 1, kAhead = 2;
+};
+template <typename T>
+struct StripShape<T, 5, 1> {
+  static constexpr int kVec = 2, kWidth = 4, kAhead = 1;
+};
+template <typename T>
+struct StripShape<T, 5, 2> {
+  static constexpr int kVec = 2, kWidth = 2, kAhead = 1;
+};
 
-// 3x3, dilation 1, stride kStride in both directions.
+// depthwise_strip: window kK x kK, stride kS, dilation 1.
 //
-// Layout: input, output (batch, height, width, channels); weight (channels, 3, 3).
-// A thread owns 16 bytes of channels and walks down `rows` output rows in tiles of kTileH x kTileW
-// pixels; its 9 weights a channel stay in registers. Neighbouring threads own neighbouring channels
-// (then columns), so that each access of a warp is whole sectors; the overlap of windows and of
-// tiles comes from L1. A block owns a run of threads of one strip of rows of one image. No shared
-// memory.
-template <typename T, int kStride, int kTileH, int kTileW>
-__global__ void __launch_bounds__(256, 2)
-    depthwise3x3(const __grid_constant__ ConvParams p, const __grid_constant__ RowTiling t) {
-  constexpr int kV = kVecSize<T>;
-  constexpr int kRows = (kTileH - 1) * kStride + 3;  // input rows and columns under a tile
-  constexpr int kCols = (kTileW - 1) * kStride + 3;
+// Ownership: a thread owns kVec channels, kWidth output columns and `run_rows` output rows, walked
+// downwards. Items are numbered channel vector first, then strip of columns, run of rows, image, so
+// a warp's accesses are consecutive along the channels and a block's strips are neighbours, which
+// find each other's columns in L1.
+// Registers: the weights (kK * kK * kVec floats, read once); a step brings kS input rows, of which
+// each element is read once, converted once and added to every output that it touches, so
+// kLive = ceil(kK / kS) output rows are being summed at a time; input of the next kAhead steps.
+// Row r = kS * t + j of step t meets output row t - d by window row kS * d + j, d < kLive; the sums of
+// output row o are in slot o % kLive, a compile-time index in the loop unrolled kLive times.
+// Shared memory: none.
+// Bound: device memory (2 x 2 or 4 bytes an output at stride 1, where 15 to 20 instructions an output
+// are about half of the issue slots).
+template <typename T, int kK, int kS, int kVec, int kWidth, int kAhead>
+__global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
+  constexpr int kLive = (kK + kS - 1) / kS;
+  constexpr int kCols = kS * (kWidth - 1) + kK;
+  constexpr int kTaps = kK * kK;
+  static_assert(kLive % kAhead == 0, "the slot of a step must be a compile-time index");
 
-  // 1. What this thread owns.
-  const unsigned block = blockIdx.x;
-  const unsigned strip_index = block / t.blocks_per_row;
-  const int thread = (block - strip_index * t.blocks_per_row) * blockDim.x + threadIdx.x;
-  if (thread >= t.row_threads) return;
-  const unsigned image = strip_index / t.strips;
-  const int strip = strip_index - image * t.strips;
-  const int column_tile = unsigned(thread) / unsigned(t.channel_vecs);
-  const int c0 = (thread - column_tile * t.channel_vecs) * kV;
-  const int ow0 = column_tile * kTileW;
-  const int channels = p.in_channels;
-  const T* const input =
-      static_cast<const T*>(p.input) + int64_t(image) * p.height * p.width * channels + c0;
-  T* const output = static_cast<T*>(p.output) + int64_t(image) * p.out_h * p.out_w * channels + c0;
+  // 1. Which channels, columns, rows and image.
+  uint32_t item = blockIdx.x * kThreads + threadIdx.x;
+  if (item >= a.items) return;
+  uint32_t vector, strip, run;
+  item = a.vectors.divide(item, vector);
+  item = a.strips.divide(item, strip);
+  const uint32_t image = a.runs.divide(item, run);
+  const int channel = vector * kVec;
+  const int x0 = strip * kWidth;
+  const int y0 = run * a.run_rows;
+  const int rows = min(a.run_rows, a.out_h - y0);
+  const int needed = kS * (rows - 1) + kK;  // input rows of the run
+  const int steps = rows + kLive - 1;
+  const int top = y0 * kS - a.pad_top;
+  const int left = x0 * kS - a.pad_left;
 
-  // 2. Its weights: kV channels x 9 taps are 144 contiguous bytes.
-  // They stay packed (36 registers): occupancy is worth more here than conversions.
-  Packed weight[9];
-  {
-    const T* const w = static_cast<const T*>(p.weight) + c0 * 9;
-    T flat[9 * kV], by_tap[9][kV];
+  const int64_t in_row = static_cast<int64_t>(a.width) * a.channels;
+  const T* next = static_cast<const T*>(a.input) + (image * static_cast<int64_t>(a.height) + top) * in_row +
+                  static_cast<int64_t>(left) * a.channels + channel;
+  T* out = static_cast<T*>(a.output) +
+           ((image * static_cast<int64_t>(a.out_h) + y0) * a.out_w + x0) * a.channels + channel;
+
+  bool in_column[kCols];
 #pragma unroll
-    for (int i = 0; i < 9; ++i) {
-      reinterpret_cast<uint4&>(flat[i * kV]) = *reinterpret_cast<const uint4*>(w + i * kV);
+  for (int c = 0; c < kCols; ++c) {
+    in_column[c] = static_cast<unsigned>(left + c) < static_cast<unsigned>(a.width);
+  }
+
+  // 2. Fill the pipeline: input of the first kAhead steps.
+  Word<T, kVec> ahead[kAhead][kS][kCols];
+  int next_row = 0;  // of the run's input rows; `next` points at it
+  auto load_column = [&](int column, int j) {
+    const int r = next_row + j;
+    const bool in_rows = r < needed && static_cast<unsigned>(top + r) < static_cast<unsigned>(a.height);
+    return load_word<T, kVec>(next + j * in_row + static_cast<int64_t>(column) * a.channels,
+                              in_rows && in_column[column]);
+  };
+#pragma unroll
+  for (int t = 0; t < kAhead; ++t) {
+#pragma unroll
+    for (int j = 0; j < kS; ++j) {
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) ahead[t][j][c] = load_column(c, j);
     }
+    next += kS * in_row;
+    next_row += kS;
+  }
+
+  // 3. Weights and bias. A thread's weights are kTaps consecutive vectors of kVec.
+  float weight[kTaps][kVec];
 #pragma unroll
-    for (int i = 0; i < 9; ++i) {
+  for (int i = 0; i < kTaps; ++i) {
+    float part[kVec];
+    unpack<T, kVec>(load_word<T, kVec>(static_cast<const T*>(a.weight) +
+                                       static_cast<int64_t>(channel) * kTaps + i * kVec),
+                    part);
 #pragma unroll
-      for (int v = 0; v < kV; ++v) by_tap[i][v] = flat[v * 9 + i];
-      weight[i].bits = reinterpret_cast<const uint4&>(by_tap[i]);
+    for (int v = 0; v < kVec; ++v) {
+      const int e = i * kVec + v;
+      weight[e % kTaps][e / kTaps] = part[v];
     }
   }
-  float bias[kV] = {};
-  if (p.bias != nullptr) load_floats(static_cast<const T*>(p.bias) + c0, bias);
+  float bias[kVec];
+  unpack<T, kVec>(load_word<T, kVec>(static_cast<const T*>(a.bias) + channel, a.bias != nullptr), bias);
 
-  // 3. Its output tiles, downwards.
-  const int iw0 = ow0 * kStride - p.pad_left;
-  const int oh_end = min((strip + 1) * t.rows, p.out_h);
-  for (int oh = strip * t.rows; oh < oh_end; oh += kTileH) {
-    float acc[kTileH][kTileW][kV];
+  float sum[kLive][kWidth][kVec];
 #pragma unroll
-    for (int y = 0; y < kTileH; ++y) {
+  for (int d = 0; d < kLive; ++d) {
 #pragma unroll
-      for (int x = 0; x < kTileW; ++x) {
+    for (int x = 0; x < kWidth; ++x) {
 #pragma unroll
-        for (int v = 0; v < kV; ++v) acc[y][x][v] = bias[v];
-      }
+      for (int v = 0; v < kVec; ++v) sum[d][x][v] = bias[v];
     }
+  }
+
+  // 4. Walk down. Sums of rows above the run collect parts too and are dropped.
+  for (int t0 = 0;; t0 += kLive) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int ih = oh * kStride - p.pad_top + r;
-      const bool row_inside = unsigned(ih) < unsigned(p.height);
-      keep_packed<T>(weight);
-      Packed pixels[kCols];
+    for (int u = 0; u < kLive; ++u) {
+      const int t = t0 + u;
+      if (t >= steps) return;
+      // 4a. Add the rows of this step; refill each vector as soon as it is unpacked.
 #pragma unroll
-      for (int c = 0; c < kCols; ++c) {
-        const int iw = iw0 + c;
-        pixels[c].bits = make_uint4(0, 0, 0, 0);
-        if (row_inside && unsigned(iw) < unsigned(p.width)) {
-          pixels[c] = load_packed(input + (ih * p.width + iw) * channels);
-        }
-      }
+      for (int j = 0; j < kS; ++j) {
 #pragma unroll
-      for (int c = 0; c < kCols; ++c) {
-        float value[kV];
-        unpack<T>(pixels[c], value);
+        for (int c = 0; c < kCols; ++c) {
+          float value[kVec];
+          unpack<T, kVec>(ahead[u % kAhead][j][c], value);
+          ahead[u % kAhead][j][c] = load_column(c, j);
 #pragma unroll
-        for (int y = 0; y < kTileH; ++y) {
+          for (int d = 0; d < kLive; ++d) {
+            if (kS * d + j >= kK) continue;
 #pragma unroll
-          for (int x = 0; x < kTileW; ++x) {
-            const int i = r - y * kStride;
-            const int j = c - x * kStride;
-            if (i >= 0 && i < 3 && j >= 0 && j < 3) {
-              float tap[kV];
-              unpack<T>(weight[i * 3 + j], tap);
+            for (int x = 0; x < kWidth; ++x) {
+              const int tap = c - kS * x;
+              if (tap < 0 || tap >= kK) continue;
 #pragma unroll
-              for (int v = 0; v < kV; ++v) acc[y][x][v] = fmaf(value[v], tap[v], acc[y][x][v]);
+              for (int v = 0; v < kVec; ++v) {
+                float& s = sum[(u - d + kLive) % kLive][x][v];
+                s = fmaf(value[v], weight[(kS * d + j) * kK + tap][v], s);
+              }
             }
           }
         }
       }
-    }
+      next += kS * in_row;
+      next_row += kS;
+      // 4b. The oldest row is complete; its slot starts anew.
+      constexpr int kOldest = 1;
+      float(&done)[kWidth][kVec] = sum[(u + kOldest) % kLive];
+      if (t >= kLive - 1) {
 #pragma unroll
-    for (int y = 0; y < kTileH; ++y) {
+        for (int x = 0; x < kWidth; ++x) {
+          float result[kVec];
 #pragma unroll
-      for (int x = 0; x < kTileW; ++x) {
-        if (oh + y < oh_end && ow0 + x < p.out_w) {
-#pragma unroll
-          for (int v = 0; v < kV; ++v) acc[y][x][v] = apply(p.act, acc[y][x][v]);
-          store_floats(output + ((oh + y) * p.out_w + ow0 + x) * channels, acc[y][x]);
+          for (int v = 0; v < kVec; ++v) result[v] = apply(a.act, done[x][v]);
+          if (x0 + x < a.out_w) store_word<T, kVec>(out + static_cast<int64_t>(x) * a.channels, result);
         }
+        out += static_cast<int64_t>(a.out_w) * a.channels;
+      }
+#pragma unroll
+      for (int x = 0; x < kWidth; ++x) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) done[x][v] = bias[v];
       }
     }
   }
 }
 
-// Any kernel, stride and dilation. A thread owns one output pixel and kV channels; weights come from
-// L1. kV is 16 bytes where the channel count and all bases allow it, else 1.
-template <typename T, int kV>
-__global__ void __launch_bounds__(256)
-    depthwise_any(const __grid_constant__ ConvParams p, int channel_vecs, int64_t threads) {
-  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (thread >= threads) return;
-  const int64_t pixel = thread / channel_vecs;
-  const int c0 = int(thread - pixel * channel_vecs) * kV;
-  const int64_t row = pixel / p.out_w;
-  const int ow = int(pixel - row * p.out_w);
-  const int64_t image = row / p.out_h;
-  const int oh = int(row - image * p.out_h);
-  const int channels = p.in_channels;
-  const int taps = p.kernel_h * p.kernel_w;
-  const T* const input =
-      static_cast<const T*>(p.input) + image * p.height * p.width * channels + c0;
-  const T* const weight = static_cast<const T*>(p.weight) + int64_t(c0) * taps;
+// Output rows of a run, given the strips of one output row of the whole batch (in threads).
+//
+// Model of the time of an SM, in steps of one thread: it works through `threads` threads in whole
+// blocks, each of rows + live - 1 steps after a start (indices, weights, first loads) worth kStart
+// steps; below kBusy threads it is latency that counts and fewer threads are no faster. Long runs read
+// the rows between runs less often; short ones spread a small batch over every SM.
+int choose_run_rows(int out_h, int64_t strips, int live, int sms) {
+  constexpr int64_t kStart = 2, kBusy = 256, kLongest = 28;
+  int best_rows = 1;
+  int64_t best_cost = INT64_MAX;
+  for (int64_t rows = 1; rows <= out_h && rows <= kLongest; ++rows) {
+    const int64_t runs = ceil_div<int64_t>(out_h, rows);
+    const int64_t blocks = ceil_div<int64_t>(strips * runs, kThreads);
+    const int64_t threads = ceil_div<int64_t>(blocks, sms) * kThreads;
+    const int64_t cost = (kStart + rows + live - 1) * (threads > kBusy ? threads : kBusy);
+    if (cost < best_cost) {
+      best_cost = cost;
+      best_rows = static_cast<int>(rows);
+    }
+  }
+  return best_rows;
+}
 
-  float acc[kV] = {};
-  if (p.bias != nullptr) load_floats(static_cast<const T*>(p.bias) + c0, acc);
+template <typename T, int kK, int kS, int kVec, int kWidth, int kAhead>
+cudaError_t launch_strip(const ConvParams& p, int run_rows, cudaStream_t stream) {
+  const int64_t vectors = p.out_channels / kVec;
+  const int64_t strips = ceil_div(p.out_w, kWidth);
+  if (run_rows <= 0) {
+    run_rows = choose_run_rows(p.out_h, p.batch * strips * vectors, (kK + kS - 1) / kS, sm_count());
+  }
+  const int64_t runs = ceil_div(p.out_h, run_rows);
+  const int64_t in_image = static_cast<int64_t>(p.height) * p.width * p.in_channels;
+  const int64_t out_image = static_cast<int64_t>(p.out_h) * p.out_w * p.out_channels;
+  return for_each_chunk(p.batch, runs * strips * vectors, [&](int64_t first, int64_t images) {
+    StripArgs a;
+    a.input = static_cast<const T*>(p.input) + first * in_image;
+    a.weight = p.weight;
+    a.bias = p.bias;
+    a.output = static_cast<T*>(p.output) + first * out_image;
+    a.height = p.height;
+    a.width = p.width;
+    a.channels = p.out_channels;
+    a.out_h = p.out_h;
+    a.out_w = p.out_w;
+    a.pad_top = p.pad_top;
+    a.pad_left = p.pad_left;
+    a.run_rows = run_rows;
+    a.items = static_cast<uint32_t>(images * runs * strips * vectors);
+    a.vectors = Divider(static_cast<uint32_t>(vectors));
+    a.strips = Divider(static_cast<uint32_t>(strips));
+    a.runs = Divider(static_cast<uint32_t>(runs));
+    a.act = p.act;
+    const unsigned blocks = ceil_div<uint32_t>(a.items, kThreads);
+    depthwise_strip<T, kK, kS, kVec, kWidth, kAhead><<<blocks, kThreads, 0, stream>>>(a);
+    return cudaGetLastError();
+  });
+}
+
+struct AnyArgs {
+  ConvParams conv;
+  uint32_t items;  // images * out_h * out_w * vectors, below 2^31
+  Divider vectors, columns, rows;
+};
+
+// depthwise_any: any window, stride and dilation. A thread owns kVec channels of one output pixel and
+// walks the window; items are numbered channel vector first. Shared memory: none. Bound: L1 (every
+// input element is read kh * kw times).
+template <typename T, int kVec>
+__global__ void __launch_bounds__(kThreads) depthwise_any(const AnyArgs a) {
+  uint32_t item = blockIdx.x * kThreads + threadIdx.x;
+  if (item >= a.items) return;
+  const ConvParams& p = a.conv;
+  uint32_t vector, x, y;
+  item = a.vectors.divide(item, vector);
+  item = a.columns.divide(item, x);
+  const int64_t image = a.rows.divide(item, y);
+  const int channel = vector * kVec;
+  const int taps = p.kernel_h * p.kernel_w;
+
+  const T* input = static_cast<const T*>(p.input) +
+                   image * p.height * p.width * static_cast<int64_t>(p.in_channels) + channel;
+  const T* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(channel) * taps;
+  float sum[kVec];
+  unpack<T, kVec>(load_word<T, kVec>(static_cast<const T*>(p.bias) + channel, p.bias != nullptr), sum);
+
+  const int64_t top = static_cast<int64_t>(y) * p.stride_h - p.pad_top;
+  const int64_t left = static_cast<int64_t>(x) * p.stride_w - p.pad_left;
   for (int i = 0; i < p.kernel_h; ++i) {
-    const int ih = oh * p.stride_h - p.pad_top + i * p.dilation_h;
-    if (unsigned(ih) >= unsigned(p.height)) continue;
+    const int64_t row = top + static_cast<int64_t>(i) * p.dilation_h;
+    if (row < 0 || row >= p.height) continue;
     for (int j = 0; j < p.kernel_w; ++j) {
-      const int iw = ow * p.stride_w - p.pad_left + j * p.dilation_w;
-      if (unsigned(iw) >= unsigned(p.width)) continue;
-      float value[kV];
-      load_floats(input + (ih * p.width + iw) * channels, value);
-      const T* const w = weight + i * p.kernel_w + j;
+      const int64_t column = left + static_cast<int64_t>(j) * p.dilation_w;
+      if (column < 0 || column >= p.width) continue;
+      float value[kVec];
+      unpack<T, kVec>(load_word<T, kVec>(input + (row * p.width + column) * p.in_channels), value);
 #pragma unroll
-      for (int v = 0; v < kV; ++v) acc[v] = fmaf(value[v], to_float(w[v * taps]), acc[v]);
+      for (int v = 0; v < kVec; ++v) {
+        const float w = to_float(weight[static_cast<int64_t>(v) * taps + i * p.kernel_w + j]);
+        sum[v] = fmaf(value[v], w, sum[v]);
+      }
     }
   }
 #pragma unroll
-  for (int v = 0; v < kV; ++v) acc[v] = apply(p.act, acc[v]);
-  store_floats(static_cast<T*>(p.output) + pixel * channels + c0, acc);
+  for (int v = 0; v < kVec; ++v) sum[v] = apply(p.act, sum[v]);
+  store_word<T, kVec>(static_cast<T*>(p.output) +
+                          ((image * p.out_h + y) * p.out_w + x) * p.out_channels + channel,
+                      sum);
 }
 
-// Tall strips read the least, but a small batch needs many short ones to fill the chip: the tallest
-// strip, of at most 16 rows, that still gives every multiprocessor four blocks.
-int rows_per_strip(int64_t blocks_per_tile_row, int out_h, int tile_h, int multiprocessors) {
-  int rows = 16;
-  while (rows > tile_h &&
-         blocks_per_tile_row * ceil_div(out_h, rows) < int64_t(4) * multiprocessors) {
-    rows /= 2;
-  }
-  return rows;
-}
-
-template <typename T, int kStride>
-cudaError_t launch3x3(const ConvParams& p, cudaStream_t stream) {
-  constexpr int kTileH = 1, kTileW = 2;
-  RowTiling t;
-  t.channel_vecs = p.in_channels / kVecSize<T>;
-  t.row_threads = ceil_div(p.out_w, kTileW) * t.channel_vecs;
-  t.blocks_per_row = ceil_div(t.row_threads, 256);
-  const int block = ceil_div(ceil_div(t.row_threads, t.blocks_per_row), 32) * 32;
-  t.rows = rows_per_strip(p.batch * t.blocks_per_row, p.out_h, kTileH, sm_count());
-  t.strips = ceil_div(p.out_h, t.rows);
-  // One launch covers as many images as fit the grid (2^31 - 1 blocks).
-  const int64_t blocks_per_image = int64_t(t.strips) * t.blocks_per_row;
-  const int64_t images_per_launch = INT32_MAX / blocks_per_image;
-  ConvParams part = p;
-  for (int64_t first = 0; first < p.batch; first += images_per_launch) {
-    part.batch = p.batch - first < images_per_launch ? p.batch - first : images_per_launch;
-    part.input = static_cast<const T*>(p.input) + first * p.height * p.width * p.in_channels;
-    part.output = static_cast<T*>(p.output) + first * p.out_h * p.out_w * p.in_channels;
-    depthwise3x3<T, kStride, kTileH, kTileW>
-        <<<unsigned(part.batch * blocks_per_image), block, 0, stream>>>(part, t);
-  }
-  return cudaGetLastError();
-}
-
-template <typename T, int kV>
+template <typename T, int kVec>
 cudaError_t launch_any(const ConvParams& p, cudaStream_t stream) {
-  const int channel_vecs = p.in_channels / kV;
-  const int64_t threads = p.batch * p.out_h * p.out_w * channel_vecs;
-  const int64_t blocks = ceil_div(threads, int64_t(256));
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  depthwise_any<T, kV><<<unsigned(blocks), 256, 0, stream>>>(p, channel_vecs, threads);
-  return cudaGetLastError();
+  const int64_t vectors = p.out_channels / kVec;
+  const int64_t per_image = static_cast<int64_t>(p.out_h) * p.out_w * vectors;
+  const int64_t in_image = static_cast<int64_t>(p.height) * p.width * p.in_channels;
+  const int64_t out_image = static_cast<int64_t>(p.out_h) * p.out_w * p.out_channels;
+  return for_each_chunk(p.batch, per_image, [&](int64_t first, int64_t images) {
+    AnyArgs a;
+    a.conv = p;
+    a.conv.input = static_cast<const T*>(p.input) + first * in_image;
+    a.conv.output = static_cast<T*>(p.output) + first * out_image;
+    a.items = static_cast<uint32_t>(images * per_image);
+    a.vectors = Divider(static_cast<uint32_t>(vectors));
+    a.columns = Divider(static_cast<uint32_t>(p.out_w));
+    a.rows = Divider(static_cast<uint32_t>(p.out_h));
+    depthwise_any<T, kVec><<<ceil_div<uint32_t>(a.items, kThreads), kThreads, 0, stream>>>(a);
+    return cudaGetLastError();
+  });
+}
+
+template <typename T, int kK, int kS>
+cudaError_t launch_shape(const ConvParams& p, cudaStream_t stream) {
+  using Shape = StripShape<T, kK, kS>;
+  return launch_strip<T, kK, kS, Shape::kVec, Shape::kWidth, Shape::kAhead>(p, 0, stream);
 }
 
 }  // namespace
 
 cudaError_t conv_depthwise(const ConvParams& p, cudaStream_t stream) {
-  if (p.batch == 0 || p.out_channels == 0 || p.out_h == 0 || p.out_w == 0) return cudaSuccess;
+  if (p.batch <= 0 || p.out_h <= 0 || p.out_w <= 0 || p.out_channels <= 0) return cudaSuccess;
   return dispatch(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const bool vectors = p.in_channels % kVecSize<T> == 0 && is_aligned16(p.input) &&
-                         is_aligned16(p.weight) && is_aligned16(p.output) &&
-                         (p.bias == nullptr || is_aligned16(p.bias));
-    if (!vectors) return launch_any<T, 1>(p, stream);
-    const bool plain = p.kernel_h == 3 && p.kernel_w == 3 && p.dilation_h == 1 &&
-                       p.dilation_w == 1 && p.stride_h == p.stride_w;
-    if (plain && p.stride_h == 1) return launch3x3<T, 1>(p, stream);
-    if (plain && p.stride_h == 2) return launch3x3<T, 2>(p, stream);
-    return launch_any<T, kVecSize<T>>(p, stream);
+    constexpr int kVec = kVecSize<T>;
+    if (p.out_channels % kVec != 0 || !all_aligned(16, p.input, p.weight, p.bias, p.output)) {
+      return launch_any<T, 1>(p, stream);
+    }
+    const bool square = p.kernel_h == p.kernel_w && p.stride_h == p.stride_w && p.dilation_h == 1 &&
+                        p.dilation_w == 1;
+    if (square && p.kernel_h == 3 && p.stride_h == 1) return launch_shape<T, 3, 1>(p, stream);
+    if (square && p.kernel_h == 3 && p.stride_h == 2) return launch_shape<T, 3, 2>(p, stream);
+    if (square && p.kernel_h == 5 && p.stride_h == 1) return launch_shape<T, 5, 1>(p, stream);
+    if (square && p.kernel_h == 5 && p.stride_h == 2) return launch_shape<T, 5, 2>(p, stream);
+    return launch_any<T, kVec>(p, stream);
   });
 }
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import onnx
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -50,6 +52,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def export(model: nn.Module, example: Tensor, **options: object) -> onnx.ModelProto:
     """The model by the legacy exporter, with a batch of any size, or by `dynamo=True`."""
+    import onnx
+
     if not options.get("dynamo", False):
         options = {
             "dynamo": False,
@@ -71,6 +75,8 @@ def export(model: nn.Module, example: Tensor, **options: object) -> onnx.ModelPr
 
 def run(model: onnx.ModelProto | str, image: Tensor) -> Tensor:
     """What ONNX Runtime computes from `image`, the only input."""
+    import onnxruntime
+
     source = model if isinstance(model, str) else model.SerializeToString()
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     (name,) = [value.name for value in session.get_inputs()]

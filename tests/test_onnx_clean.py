@@ -1,5 +1,7 @@
 """Each step of the pre-pass on a graph of its own size, written by hand."""
 
+# ruff: noqa: E402 (the skips come before the imports that need what may be missing)
+
 from __future__ import annotations
 
 import pytest

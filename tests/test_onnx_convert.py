@@ -1,5 +1,7 @@
 """Graphs that are no MobileNetV2, through onnx2torch."""
 
+# ruff: noqa: E402 (the skips come before the imports that need what may be missing)
+
 from __future__ import annotations
 
 import copy
@@ -14,7 +16,6 @@ onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
 pytest.importorskip("onnx2torch", reason="the extra `onnx` is not installed")
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is the reference here")
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper
@@ -115,10 +116,13 @@ def test_names_in_the_file_are_no_code(tmp_path: Path) -> None:
     """torch.fx writes the names of modules into source code; a file must not reach that."""
     target = tmp_path / "touched"
     proto = export(randomise(ResNet()), IMAGE)
+    expected = run(proto, BATCH)
     names = iter(["forward", "training", "graph", "initializers", "1", "a.b", "für", "a b", "a_b"])
     for node in proto.graph.node:
         node.name = next(names, HOSTILE.format(target=str(target)))
-    module = check(proto)
+    module = load_onnx(proto)
+    with torch.inference_mode():
+        assert relative_error(module(BATCH), expected) < RELATIVE
     assert not target.exists()
     assert "__import__(" not in module.code
     assert all(name.isidentifier() and name.isascii() for name, _ in module.named_children())
@@ -197,27 +201,3 @@ def test_without_onnx2torch(monkeypatch: pytest.MonkeyPatch, resnet: nn.Module) 
     assert isinstance(load_onnx(export(small, IMAGE)), MobileNetV2)
     with pytest.raises(UnavailableError, match="needs the package onnx2torch: pip install"):
         load_onnx(export(resnet, IMAGE))
-
-
-def test_bfloat16_weights() -> None:
-    """A dtype that numpy lacks."""
-    weight = torch.randn(4, 3, 1, 1).bfloat16()
-    proto = single("Conv", opset=22)
-    tensor = helper.make_tensor(
-        "w",
-        TensorProto.BFLOAT16,
-        weight.shape,
-        weight.view(torch.int16).numpy().tobytes(),
-        raw=True,
-    )
-    proto.graph.initializer.append(tensor)
-    proto.graph.node[0].input.append("w")
-    module = load_onnx(proto)
-    image = torch.randn(2, 3, 8, 8).bfloat16()
-    with torch.inference_mode():
-        assert torch.equal(module(image), F.conv2d(image, weight))
-
-
-def test_example_is_float(resnet: nn.Module) -> None:
-    assert {p.dtype for p in load_onnx(export(resnet, IMAGE)).parameters()} == {torch.float32}
-    assert np.isfinite(run(export(resnet, IMAGE), BATCH).numpy()).all()

@@ -1,5 +1,7 @@
 """Files that are no usable model: one clear sentence each."""
 
+# ruff: noqa: E402 (the skips come before the imports that need what may be missing)
+
 from __future__ import annotations
 
 import sys
@@ -87,7 +89,27 @@ def test_truncated_behind_the_graph() -> None:
 def test_tensor_of_another_size_than_declared() -> None:
     damaged = convolution()
     damaged.graph.initializer[0].dims[0] = 5
-    assert "a tensor cannot be read" in rejected(damaged)
+    assert "the ONNX model: damaged: " in rejected(damaged)
+
+
+def test_attribute_that_does_not_exist() -> None:
+    """A misspelt attribute would silently mean its default."""
+    damaged = convolution()
+    damaged.graph.node[0].attribute.append(helper.make_attribute("padz", [1, 1, 1, 1]))
+    assert "node 'first' (Conv) has an attribute 'padz'" in rejected(damaged)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_bytes(seed: int) -> None:
+    """Whatever a byte turns into: a model or one sentence, no other exception."""
+    rng = np.random.default_rng(seed)
+    data = bytearray(convolution().SerializeToString())
+    for position in rng.integers(0, len(data), 3):
+        data[position] = rng.integers(256)
+    try:
+        load_onnx(bytes(data))
+    except ModelError as error:
+        assert "\n" not in str(error)
 
 
 def test_missing_external_data(tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ def _check_ints(op: str, name: str, values: Sequence[int], count: int, least: in
         raise _fail(op, f"{name} must have {count} values, got {len(values)}")
     if min(values) < least:
         raise _fail(op, f"{name} must be at least {least}, got {tuple(values)}")
+    if max(values) >= 2**31:
+        raise _fail(op, f"{name} must be less than 2147483648, got {tuple(values)}")
 
 
 def _check_activation(op: str, act_min: float | None, act_max: float | None) -> None:
@@ -411,6 +413,11 @@ def _linear_shape(
         raise _fail(op, f"weight must have shape (N, {features}) from input, got {_shape(weight)}")
     _check_bias(op, bias, weight.shape[0], input)
     _check_activation(op, act_min, act_max)
+    if max(weight.shape) >= 2**31:
+        raise _fail(
+            op,
+            f"weight must have fewer than 2147483648 rows and columns, got {_shape(weight)}",
+        )
     return (*input.shape[:-1], weight.shape[0])
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from torch_mbv2.errors import UnavailableError
+from torch_mbv2.errors import ModelError, UnavailableError
 
 if TYPE_CHECKING:
     import onnx
@@ -47,6 +47,13 @@ def load_with_input_shape(
         raise UnavailableError(
             f"reading ONNX files needs the package {error.name}: pip install 'torch-mbv2[onnx]'"
         ) from None
-    cleaned = clean.clean(graph.read(path_or_proto))
-    module = recognise.recognise(cleaned) or convert.convert(cleaned)
+    read = graph.read(path_or_proto)
+    try:
+        cleaned = clean.clean(read)
+        module = recognise.recognise(cleaned) or convert.convert(cleaned)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # A file whose parts do not fit each other, as nobody writes it.
+        raise ModelError(
+            f"{read.source}: damaged: {type(error).__name__}: {graph.first_line(error)}"
+        ) from error
     return module, graph.declared_shape(cleaned.inputs[0]) if cleaned.inputs else None

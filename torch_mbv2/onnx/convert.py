@@ -201,7 +201,7 @@ def _stock_pads(layers: nn.Sequential) -> Iterator[nn.Module]:
 
     for layer in layers:
         zeros = isinstance(layer, OnnxPadStatic) and layer.mode == "constant"
-        if zeros and not layer.constant_value and len(layer.pads) == 8 and not any(layer.pads[4:]):
-            yield nn.ZeroPad2d(tuple(layer.pads[:4]))
+        if zeros and not layer.constant_value and len(layer.pads) == 4:
+            yield nn.ZeroPad2d(tuple(layer.pads))
         else:
             yield layer

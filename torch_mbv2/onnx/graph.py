@@ -198,7 +198,7 @@ def read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Graph:
             source=where,
         )
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{where}: a tensor cannot be read: {first_line(error)}") from error
+        raise ModelError(f"{where}: damaged: {first_line(error)}") from error
     _check(graph, model, where)
     return graph
 
@@ -257,6 +257,12 @@ def _check(graph: Graph, model: onnx.ModelProto, where: str) -> None:
     """Raise ModelError for a graph that no later step can make sense of."""
     defined = {"", *graph.tensors, *(value.name for value in graph.inputs)}
     for node in graph.nodes:
+        strange = _unknown_attribute(node, graph.opset)
+        if strange is not None:
+            raise ModelError(
+                f"{where}: {node} has an attribute {strange!r}, which opset {graph.opset} does not "
+                "know; is the file damaged?"
+            )
         missing = [value for value in node.inputs if value not in defined]
         if missing:
             raise ModelError(f"{where}: {node} reads {missing[0]!r}, which nothing computes")
@@ -285,7 +291,19 @@ def _check(graph: Graph, model: onnx.ModelProto, where: str) -> None:
         raise ModelError(f"{where}: not a float model; load the one that it was made from")
 
 
+def _unknown_attribute(node: Node, opset: int) -> str | None:
+    """An attribute that a standard operator does not have."""
+    try:
+        known = onnx.defs.get_schema(node.op, opset, node.domain).attributes
+    except onnx.defs.SchemaError:
+        return None  # not a standard operator
+    return next((name for name in node.attributes if name not in known), None)
+
+
 def _from_proto(proto: onnx.NodeProto, opset: int, where: str) -> Node:
+    words = (proto.op_type, proto.domain, proto.name, *proto.input, *proto.output)
+    if not all(isinstance(word, str) for word in (*words, *(a.name for a in proto.attribute))):
+        raise ValueError(f"a name in it is no text: {words}")  # protobuf gives such as bytes
     attributes = {}
     for attribute in proto.attribute:
         value = onnx.helper.get_attribute_value(attribute)
@@ -304,6 +322,8 @@ def _from_proto(proto: onnx.NodeProto, opset: int, where: str) -> Node:
                 f"{where}: node {name!r} ({proto.op_type}, opset {opset}) has a {kind} attribute, "
                 "which cannot be converted; export the model without control flow"
             )
+        elif value is None:
+            raise ValueError(f"attribute {attribute.name!r} of node {proto.name!r} has no value")
         attributes[attribute.name] = value
     return Node(
         proto.op_type,

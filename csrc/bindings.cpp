@@ -1,0 +1,565 @@
+// The only file that includes torch (LibTorch stable ABI): argument checks, memory, stream, choice of
+// kernel, registration for CUDA. Schemas, fakes and the stock implementations are in ops.py; every
+// check here stands there too, in the same order and the same words.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+// Nested, so that an op here may have the name of its launcher in kernels.h.
+namespace torch_mbv2::bindings {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+using Bound = std::optional<double>;
+
+// ------------------------------------------------------------------------------------- messages
+
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << "torch_mbv2::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// As Python prints a tuple.
+template <typename List>
+std::string tuple(const List& values) {
+  std::string text = "(";
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (i > 0) text += ", ";
+    text += std::to_string(values[i]);
+  }
+  return text + (values.size() == 1 ? ",)" : ")");
+}
+
+std::string shape(const Tensor& x) { return tuple(x.sizes()); }
+
+std::string number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return text;
+}
+
+std::string name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      return "another dtype";
+  }
+}
+
+std::string device(const Tensor& x) {
+  if (x.is_cuda()) return "cuda:" + std::to_string(x.get_device_index());
+  return x.is_cpu() ? "cpu" : "another device";
+}
+
+// --------------------------------------------------------------------------------------- checks
+
+bool is_supported(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
+void check_float(const char* op, const Tensor& input) {
+  const ScalarType type = input.scalar_type();
+  if (!is_supported(type)) {
+    fail(op, "input must be float32, float16 or bfloat16, got ", name(type));
+  }
+}
+
+void check_size(const char* op, const char* what, int64_t channels, int64_t height, int64_t width) {
+  // Kernels address one image with 32-bit offsets; only the batch makes them 64-bit.
+  if (__int128(channels) * height * width > std::numeric_limits<int32_t>::max()) {
+    fail(op, "one image of ", what, " must have fewer than 2147483648 elements, got ",
+         tuple(Ints{channels, height, width}));
+  }
+}
+
+void check_image(const char* op, const Tensor& input) {
+  check_float(op, input);
+  if (input.dim() != 4) fail(op, "input must have shape (N, C, H, W), got ", shape(input));
+  check_size(op, "input", input.size(1), input.size(2), input.size(3));
+}
+
+void check_alike(const char* op, const char* what, const Tensor& x, const Tensor& input) {
+  if (x.scalar_type() != input.scalar_type()) {
+    fail(op, what, " must have the dtype of input, ", name(input.scalar_type()), ", got ",
+         name(x.scalar_type()));
+  }
+  if (device(x) != device(input)) {
+    fail(op, what, " must be on the device of input, ", device(input), ", got ", device(x));
+  }
+}
+
+void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t channels,
+                const Tensor& input) {
+  if (!bias) return;
+  check_alike(op, "bias", *bias, input);
+  if (bias->dim() != 1 || bias->size(0) != channels) {
+    fail(op, "bias must have shape (", channels, ",) from weight, got ", shape(*bias));
+  }
+}
+
+void check_ints(const char* op, const char* what, const Ints& values, size_t count, int64_t least) {
+  if (values.size() != count) fail(op, what, " must have ", count, " values, got ", values.size());
+  for (const int64_t value : values) {
+    if (value < least) fail(op, what, " must be at least ", least, ", got ", tuple(values));
+  }
+  for (const int64_t value : values) {
+    if (value > std::numeric_limits<int32_t>::max()) {
+      fail(op, what, " must be less than 2147483648, got ", tuple(values));
+    }
+  }
+}
+
+void check_activation(const char* op, Bound act_min, Bound act_max) {
+  if (act_min && act_max && !(*act_min <= *act_max)) {
+    fail(op, "act_min must not exceed act_max, got ", number(*act_min), " and ", number(*act_max));
+  }
+}
+
+void check_kernel_fits(const char* op, int64_t height, int64_t width, int64_t kernel_h,
+                       int64_t kernel_w) {
+  if (kernel_h < 1 || kernel_w < 1 || height < kernel_h || width < kernel_w) {
+    fail(op, "the kernel must fit into the padded input: dilated kernel ",
+         tuple(Ints{kernel_h, kernel_w}), ", padded input ", tuple(Ints{height, width}));
+  }
+}
+
+// ------------------------------------------------------------------------------ memory and launch
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+Clamp clamp(Bound act_min, Bound act_max) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  return {act_min ? float(*act_min) : -kInfinity, act_max ? float(*act_max) : kInfinity};
+}
+
+Tensor empty(const Tensor& like, const Ints& size, MemoryFormat format = MemoryFormat::Contiguous) {
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              format);
+}
+
+// Whether the elements of a 4-D tensor lie in the order (n, h, w, c) without gaps. The strides of
+// dimensions of size 1 do not matter.
+bool is_dense_nhwc(const Tensor& x) {
+  int64_t expected = 1;
+  for (const int dim : {1, 3, 2, 0}) {
+    if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
+    expected *= x.size(dim);
+  }
+  return true;
+}
+
+Tensor dense_nhwc(const Tensor& x) {
+  if (x.numel() == 0 || is_dense_nhwc(x)) return x;
+  Tensor copy = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(),
+                                     std::nullopt, MemoryFormat::ChannelsLast);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+const void* pointer(const std::optional<Tensor>& x) { return x ? x->data_ptr() : nullptr; }
+
+cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) fail(op, "CUDA error: ", cudaGetErrorString(error));
+}
+
+// --------------------------------------------------------------------------------- convolutions
+
+ConvParams conv_params(const char* op, const Tensor& input, const Tensor& weight,
+                       const std::optional<Tensor>& bias, const Ints& stride, const Ints& padding,
+                       const Ints& dilation, int64_t groups, Bound act_min, Bound act_max) {
+  check_image(op, input);
+  check_alike(op, "weight", weight, input);
+  check_ints(op, "stride", stride, 2, 1);
+  check_ints(op, "padding", padding, 4, 0);
+  check_ints(op, "dilation", dilation, 2, 1);
+  if (weight.dim() != 4) {
+    fail(op, "weight must have shape (Cout, Cin / groups, kH, kW), got ", shape(weight));
+  }
+  const int64_t channels = input.size(1), out_channels = weight.size(0);
+  if (groups < 1 || channels % groups != 0 || out_channels % groups != 0) {
+    fail(op, "groups must divide Cin ", channels, " and Cout ", out_channels, ", got ", groups);
+  }
+  if (weight.size(1) != channels / groups) {
+    fail(op, "weight must have shape (Cout, ", channels / groups, ", kH, kW) from ", channels,
+         " input channels in ", groups, " groups, got ", shape(weight));
+  }
+  check_bias(op, bias, out_channels, input);
+  check_activation(op, act_min, act_max);
+  const int64_t dilated_h = dilation[0] * (weight.size(2) - 1) + 1;
+  const int64_t dilated_w = dilation[1] * (weight.size(3) - 1) + 1;
+  const int64_t padded_h = input.size(2) + padding[2] + padding[3];
+  const int64_t padded_w = input.size(3) + padding[0] + padding[1];
+  check_kernel_fits(op, padded_h, padded_w, dilated_h, dilated_w);
+  const int64_t out_h = (padded_h - dilated_h) / stride[0] + 1;
+  const int64_t out_w = (padded_w - dilated_w) / stride[1] + 1;
+  check_size(op, "output", out_channels, out_h, out_w);
+
+  ConvParams p{};
+  p.batch = input.size(0);
+  p.height = int(input.size(2));
+  p.width = int(input.size(3));
+  p.in_channels = int(channels);
+  p.out_h = int(out_h);
+  p.out_w = int(out_w);
+  p.out_channels = int(out_channels);
+  p.kernel_h = int(weight.size(2));
+  p.kernel_w = int(weight.size(3));
+  p.stride_h = int(stride[0]);
+  p.stride_w = int(stride[1]);
+  p.pad_left = int(padding[0]);
+  p.pad_top = int(padding[2]);
+  p.dilation_h = int(dilation[0]);
+  p.dilation_w = int(dilation[1]);
+  p.groups = int(groups);
+  p.act = clamp(act_min, act_max);
+  p.dtype = dtype_of(input);
+  return p;
+}
+
+void set_input(ConvParams& p, const Tensor& input) {
+  p.input = input.data_ptr();
+  p.in_stride_n = input.stride(0);
+  p.in_stride_c = input.stride(1);
+  p.in_stride_h = input.stride(2);
+  p.in_stride_w = input.stride(3);
+}
+
+void set_dense_input(ConvParams& p, const Tensor& input) {
+  p.input = input.data_ptr();
+  p.in_stride_c = 1;
+  p.in_stride_w = p.in_channels;
+  p.in_stride_h = p.in_stride_w * p.width;
+  p.in_stride_n = p.in_stride_h * p.height;
+}
+
+enum class Route { kGemm, kDepthwise, kImplicitGemm };
+
+// Which kernel a convolution runs on. `padded` tells whether any side has padding.
+Route choose_route(const ConvParams& p, bool padded) {
+  if (p.groups > 1 && p.groups == p.in_channels && p.groups == p.out_channels) {
+    return Route::kDepthwise;
+  }
+  const bool pointwise = p.kernel_h == 1 && p.kernel_w == 1 && p.stride_h == 1 && p.stride_w == 1;
+  return pointwise && !padded && p.groups == 1 ? Route::kGemm : Route::kImplicitGemm;
+}
+
+Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding,
+              Ints dilation, int64_t groups, Bound act_min, Bound act_max) {
+  const char* op = "conv2d";
+  ConvParams p = conv_params(op, input, weight, bias, stride, padding, dilation, groups, act_min,
+                             act_max);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  Tensor output = empty(input, {p.batch, p.out_channels, p.out_h, p.out_w},
+                        MemoryFormat::ChannelsLast);
+  if (output.numel() == 0) return output;
+  const cudaStream_t stream = current_stream(input);
+  if (bias) bias = dense(*bias);
+  p.bias = pointer(bias);
+  p.output = output.data_ptr();
+  weight = dense_nhwc(weight);
+  p.weight = weight.data_ptr();
+
+  const Route route = choose_route(p, padding != Ints{0, 0, 0, 0});
+  // A few input channels are gathered one by one in any case, so they need no copy.
+  if (route == Route::kImplicitGemm && (p.in_channels / p.groups < 8 || input.stride(1) == 1)) {
+    set_input(p, input);
+  } else {
+    input = dense_nhwc(input);
+    set_dense_input(p, input);
+  }
+  switch (route) {
+    case Route::kDepthwise:
+      check_launch(op, torch_mbv2::conv_depthwise(p, stream));
+      break;
+    case Route::kImplicitGemm:
+      check_launch(op, torch_mbv2::conv_implicit_gemm(p, stream));
+      break;
+    case Route::kGemm: {
+      const int64_t pixels = p.batch * p.height * p.width;
+      check_launch(op, torch_mbv2::gemm({p.input, p.weight, p.bias, p.output, pixels, p.out_channels,
+                             p.in_channels, 1, p.act, p.dtype},
+                            stream));
+      break;
+    }
+  }
+  return output;
+}
+
+Tensor conv2d_winograd(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints padding,
+                       Bound act_min, Bound act_max) {
+  const char* op = "conv2d_winograd";
+  ConvParams p =
+      conv_params(op, input, weight, bias, {1, 1}, padding, {1, 1}, 1, act_min, act_max);
+  if (p.kernel_h != 3 || p.kernel_w != 3) {
+    fail(op, "weight must have a 3 x 3 kernel, got ", shape(weight));
+  }
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  Tensor output = empty(input, {p.batch, p.out_channels, p.out_h, p.out_w},
+                        MemoryFormat::ChannelsLast);
+  if (output.numel() == 0) return output;
+  const cudaStream_t stream = current_stream(input);
+  if (bias) bias = dense(*bias);
+  p.bias = pointer(bias);
+  p.output = output.data_ptr();
+  weight = dense_nhwc(weight);
+  p.weight = weight.data_ptr();
+  input = dense_nhwc(input);
+  set_dense_input(p, input);
+  Tensor workspace = torch::stable::empty({conv_winograd_workspace(p)}, ScalarType::Byte,
+                                          std::nullopt, input.device());
+  check_launch(op, torch_mbv2::conv_winograd(p, workspace.data_ptr(), stream));
+  return output;
+}
+
+// --------------------------------------------------------------------------------------- linear
+
+Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias, Bound act_min,
+              Bound act_max) {
+  const char* op = "linear";
+  check_float(op, input);
+  check_alike(op, "weight", weight, input);
+  if (input.dim() < 1) fail(op, "input must have shape (..., K), got ", shape(input));
+  const int64_t features = input.size(input.dim() - 1);
+  if (weight.dim() != 2 || weight.size(1) != features) {
+    fail(op, "weight must have shape (N, ", features, ") from input, got ", shape(weight));
+  }
+  check_bias(op, bias, weight.size(0), input);
+  check_activation(op, act_min, act_max);
+  if (weight.size(0) > INT32_MAX || features > INT32_MAX) {
+    fail(op, "weight must have fewer than 2147483648 rows and columns, got ", shape(weight));
+  }
+
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const auto sizes = input.sizes();
+  Ints size(sizes.begin(), sizes.end());
+  size.back() = weight.size(0);
+  Tensor output = empty(input, size);
+  if (output.numel() == 0) return output;
+  const cudaStream_t stream = current_stream(input);
+  input = dense(input);
+  weight = dense(weight);
+  if (bias) bias = dense(*bias);
+  const int64_t rows = output.numel() / weight.size(0);
+  check_launch(op, torch_mbv2::gemm({input.data_ptr(), weight.data_ptr(), pointer(bias), output.data_ptr(), rows,
+                         int(weight.size(0)), int(features), 1, clamp(act_min, act_max),
+                         dtype_of(input)},
+                        stream));
+  return output;
+}
+
+// -------------------------------------------------------------------------------------- pooling
+
+int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, bool ceil_mode) {
+  const int64_t out = (size + 2 * padding - kernel + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  // With ceil_mode the last window must still start inside the input or its left padding.
+  return ceil_mode && (out - 1) * stride >= size + padding ? out - 1 : out;
+}
+
+Tensor avg_pool2d(Tensor input, Ints kernel_size, Ints stride, Ints padding, bool ceil_mode,
+                  bool count_include_pad, std::optional<int64_t> divisor_override) {
+  const char* op = "avg_pool2d";
+  check_image(op, input);
+  check_ints(op, "kernel_size", kernel_size, 2, 1);
+  check_ints(op, "stride", stride, 2, 1);
+  check_ints(op, "padding", padding, 2, 0);
+  if (2 * padding[0] > kernel_size[0] || 2 * padding[1] > kernel_size[1]) {
+    fail(op, "padding must be at most half of kernel_size ", tuple(kernel_size), ", got ",
+         tuple(padding));
+  }
+  if (divisor_override && *divisor_override == 0) fail(op, "divisor_override must not be 0");
+  const int64_t channels = input.size(1), height = input.size(2), width = input.size(3);
+  check_kernel_fits(op, height + 2 * padding[0], width + 2 * padding[1], kernel_size[0],
+                    kernel_size[1]);
+  const int64_t out_h = pooled_size(height, kernel_size[0], stride[0], padding[0], ceil_mode);
+  const int64_t out_w = pooled_size(width, kernel_size[1], stride[1], padding[1], ceil_mode);
+  check_size(op, "output", channels, out_h, out_w);
+
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  Tensor output = empty(input, {input.size(0), channels, out_h, out_w}, MemoryFormat::ChannelsLast);
+  if (output.numel() == 0) return output;
+  const cudaStream_t stream = current_stream(input);
+  input = dense_nhwc(input);
+  PoolParams p{};
+  p.input = input.data_ptr();
+  p.output = output.data_ptr();
+  p.batch = input.size(0);
+  p.height = int(height);
+  p.width = int(width);
+  p.channels = int(channels);
+  p.out_h = int(out_h);
+  p.out_w = int(out_w);
+  p.kernel_h = int(kernel_size[0]);
+  p.kernel_w = int(kernel_size[1]);
+  p.stride_h = int(stride[0]);
+  p.stride_w = int(stride[1]);
+  p.pad_h = int(padding[0]);
+  p.pad_w = int(padding[1]);
+  p.count_include_pad = count_include_pad;
+  p.divisor_override = divisor_override.value_or(0);
+  p.dtype = dtype_of(input);
+  check_launch(op, torch_mbv2::avg_pool2d(p, stream));
+  return output;
+}
+
+Tensor global_avg_pool2d(Tensor input, bool keepdim) {
+  const char* op = "global_avg_pool2d";
+  check_image(op, input);
+  if (input.size(2) < 1 || input.size(3) < 1) {
+    fail(op, "input must have at least one pixel, got ", shape(input));
+  }
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const int64_t batch = input.size(0), channels = input.size(1);
+  Tensor output = keepdim ? empty(input, {batch, channels, 1, 1}, MemoryFormat::ChannelsLast)
+                          : empty(input, {batch, channels});
+  if (output.numel() == 0) return output;
+  const cudaStream_t stream = current_stream(input);
+  input = dense_nhwc(input);
+  check_launch(op, torch_mbv2::global_avg_pool2d({input.data_ptr(), output.data_ptr(), batch,
+                                      input.size(2) * input.size(3), int(channels),
+                                      dtype_of(input)},
+                                     stream));
+  return output;
+}
+
+// ------------------------------------------------------------------------------------------ add
+
+Tensor add(Tensor input, Tensor other, Bound act_min, Bound act_max) {
+  const char* op = "add";
+  check_float(op, input);
+  check_alike(op, "other", other, input);
+  if (shape(input) != shape(other)) {
+    fail(op, "other must have the shape of input, ", shape(input), ", got ", shape(other));
+  }
+  check_activation(op, act_min, act_max);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const bool image = input.dim() == 4;
+  const auto sizes = input.sizes();
+  Tensor output = empty(input, Ints(sizes.begin(), sizes.end()),
+                        image ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (output.numel() == 0) return output;
+  const cudaStream_t stream = current_stream(input);
+  input = image ? dense_nhwc(input) : dense(input);
+  other = image ? dense_nhwc(other) : dense(other);
+  check_launch(op, torch_mbv2::add({input.data_ptr(), other.data_ptr(), output.data_ptr(), output.numel(),
+                        clamp(act_min, act_max), dtype_of(input)},
+                       stream));
+  return output;
+}
+
+// --------------------------------------------------------------------------------------- im2col
+
+Tensor im2col(Tensor input, Ints kernel_size, Ints dilation, Ints padding, Ints stride) {
+  const char* op = "im2col";
+  check_image(op, input);
+  check_ints(op, "kernel_size", kernel_size, 2, 1);
+  check_ints(op, "dilation", dilation, 2, 1);
+  check_ints(op, "padding", padding, 2, 0);
+  check_ints(op, "stride", stride, 2, 1);
+  const int64_t channels = input.size(1), height = input.size(2), width = input.size(3);
+  const int64_t dilated_h = dilation[0] * (kernel_size[0] - 1) + 1;
+  const int64_t dilated_w = dilation[1] * (kernel_size[1] - 1) + 1;
+  const int64_t padded_h = height + 2 * padding[0], padded_w = width + 2 * padding[1];
+  check_kernel_fits(op, padded_h, padded_w, dilated_h, dilated_w);
+  const int64_t out_h = (padded_h - dilated_h) / stride[0] + 1;
+  const int64_t out_w = (padded_w - dilated_w) / stride[1] + 1;
+  const int64_t rows = channels * kernel_size[0] * kernel_size[1];
+  check_size(op, "output", rows, out_h, out_w);
+
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  Tensor output = empty(input, {input.size(0), rows, out_h * out_w});
+  if (output.numel() == 0) return output;
+  Im2colParams p{};
+  p.input = input.data_ptr();
+  p.output = output.data_ptr();
+  p.batch = input.size(0);
+  p.height = int(height);
+  p.width = int(width);
+  p.channels = int(channels);
+  p.out_h = int(out_h);
+  p.out_w = int(out_w);
+  p.kernel_h = int(kernel_size[0]);
+  p.kernel_w = int(kernel_size[1]);
+  p.stride_h = int(stride[0]);
+  p.stride_w = int(stride[1]);
+  p.pad_h = int(padding[0]);
+  p.pad_w = int(padding[1]);
+  p.dilation_h = int(dilation[0]);
+  p.dilation_w = int(dilation[1]);
+  p.in_stride_n = input.stride(0);
+  p.in_stride_c = input.stride(1);
+  p.in_stride_h = input.stride(2);
+  p.in_stride_w = input.stride(3);
+  p.element_size = dtype_of(input) == DType::kFloat32 ? 4 : 2;
+  check_launch(op, torch_mbv2::im2col(p, current_stream(input)));
+  return output;
+}
+
+}  // namespace
+}  // namespace torch_mbv2::bindings
+
+STABLE_TORCH_LIBRARY_IMPL(torch_mbv2, CUDA, m) {
+  m.impl("conv2d", TORCH_BOX(&torch_mbv2::bindings::conv2d));
+  m.impl("conv2d_winograd", TORCH_BOX(&torch_mbv2::bindings::conv2d_winograd));
+  m.impl("linear", TORCH_BOX(&torch_mbv2::bindings::linear));
+  m.impl("avg_pool2d", TORCH_BOX(&torch_mbv2::bindings::avg_pool2d));
+  m.impl("global_avg_pool2d", TORCH_BOX(&torch_mbv2::bindings::global_avg_pool2d));
+  m.impl("add", TORCH_BOX(&torch_mbv2::bindings::add));
+  m.impl("im2col", TORCH_BOX(&torch_mbv2::bindings::im2col));
+}

@@ -1,0 +1,120 @@
+// Read-only vector loads that can be switched off, packed stores, and division by a fixed divisor.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "common.cuh"
+
+namespace torch_mbv2 {
+
+// The machine word of kBytes that one load or store instruction moves.
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned int;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+template <typename T, int kSize>
+using Word = typename WordOf<sizeof(T) * kSize>::type;
+
+// kSize elements by one load through the read-only path, or zeros where `valid` is false (nothing is
+// read then). `p` must be aligned to the word.
+template <typename T, int kSize>
+__device__ __forceinline__ Word<T, kSize> load_word(const T* p, bool valid = true) {
+  Word<T, kSize> word{};
+  if (valid) word = __ldg(reinterpret_cast<const Word<T, kSize>*>(p));
+  return word;
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ void unpack(const Word<T, kSize>& word, float (&out)[kSize]) {
+  T elements[kSize];
+  memcpy(elements, &word, sizeof(word));
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) out[i] = to_float(elements[i]);
+}
+
+// Rounds and stores kSize elements by one instruction; pairs of halves are rounded and packed by one.
+template <typename T, int kSize>
+__device__ __forceinline__ void store_word(T* p, const float (&in)[kSize]) {
+  Word<T, kSize> word;
+  if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
+    uint32_t pairs[kSize / 2];
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) {
+      if constexpr (std::is_same_v<T, __half>) {
+        const __half2 pair = __floats2half2_rn(in[2 * i], in[2 * i + 1]);
+        memcpy(&pairs[i], &pair, 4);
+      } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
+        memcpy(&pairs[i], &pair, 4);
+      }
+    }
+    memcpy(&word, pairs, sizeof(word));
+  } else {
+    T elements[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) elements[i] = from_float<T>(in[i]);
+    memcpy(&word, elements, sizeof(word));
+  }
+  *reinterpret_cast<Word<T, kSize>*>(p) = word;
+}
+
+// True if every pointer (null included) is aligned to `bytes`.
+template <typename... Pointers>
+bool all_aligned(int bytes, Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % bytes == 0) && ...);
+}
+
+// Division of n < 2^31 by a divisor in [1, 2^31) fixed on the host: one high multiply, an add and a
+// shift (Granlund and Montgomery 1994).
+struct Divider {
+  uint32_t divisor;
+  uint32_t magic;
+  uint32_t shift;
+
+  Divider() = default;
+  explicit Divider(uint32_t d) : divisor(d), shift(0) {
+    while ((uint64_t{1} << shift) < d) ++shift;
+    magic = static_cast<uint32_t>((((uint64_t{1} << shift) - d) << 32) / d + 1);
+  }
+
+  // n / divisor; `remainder` becomes n % divisor.
+  __device__ __forceinline__ uint32_t divide(uint32_t n, uint32_t& remainder) const {
+    const uint32_t quotient = (__umulhi(n, magic) + n) >> shift;
+    remainder = n - quotient * divisor;
+    return quotient;
+  }
+};
+
+// Work items that one launch may have, so that item indices stay below 2^31 (see Divider).
+constexpr int64_t kMaxItems = (int64_t{1} << 31) - 1024;
+
+// Splits a batch into launches of at most kMaxItems work items and calls
+// launch(first_image, images) for each; stops at the first error.
+template <typename F>
+cudaError_t for_each_chunk(int64_t batch, int64_t items_per_image, F&& launch) {
+  if (batch <= 0 || items_per_image <= 0) return cudaSuccess;
+  if (items_per_image > kMaxItems) return cudaErrorInvalidValue;
+  const int64_t most = kMaxItems / items_per_image;
+  for (int64_t first = 0; first < batch; first += most) {
+    const int64_t images = batch - first < most ? batch - first : most;
+    if (const cudaError_t error = launch(first, images); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace torch_mbv2

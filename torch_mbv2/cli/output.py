@@ -1,0 +1,114 @@
+"""Tables, progress and JSON: rich where stdout is a terminal, plain aligned text elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch_mbv2.errors import Error
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()
+) -> None:
+    """Print rows of cells under the names of their columns; those in `numbers` align right."""
+    if sys.stdout.isatty():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD)
+        for column in columns:
+            justify = "right" if column in numbers else "left"
+            table.add_column(column, justify=justify, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))  # Text: brackets are no markup
+        Console().print(table)
+        return
+    print(aligned(columns, rows, numbers))
+
+
+def aligned(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()
+) -> str:
+    """The table as text, two spaces between the columns."""
+    lines = [tuple(columns), *(tuple(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+
+    def render(line: Sequence[str]) -> str:
+        cells = [
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([render(lines[0]), rule, *map(render, lines[1:])])
+
+
+def print_pairs(pairs: Mapping[str, str]) -> None:
+    """Print names and their values, one a line."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        for name, value in pairs.items():
+            table.add_row(Text(name, style="bold"), Text(value))
+        Console().print(table)
+        return
+    width = max(map(len, pairs))
+    for name, value in pairs.items():
+        print(f"{name.ljust(width)}  {value}")
+
+
+def note(text: str) -> None:
+    """Say on stderr what the reader of the results must know."""
+    sys.stdout.flush()
+    print(f"torch-mbv2: note: {text}", file=sys.stderr)
+
+
+@contextmanager
+def progress(text: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar on a terminal; yields the function that moves it on by one, saying why."""
+    if not sys.stdout.isatty():
+        yield lambda text: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    shown = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*shown, TimeElapsedColumn(), transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda text: bar.update(task, advance=1, description=text)
+
+
+def check_json_path(path: str | None) -> None:
+    """Raise Error now, before any work is done, if `write_json` would fail later."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise Error(f"--json {path}: is a directory")
+    if not Path(path).absolute().parent.is_dir():
+        raise Error(f"--json {path}: there is no directory {Path(path).parent}")
+
+
+def write_json(path: str | None, data: Mapping[str, Any]) -> None:
+    """Write `data` to the file `path`, if there is one; NaN and infinities become null."""
+    if path is not None:
+        text = json.dumps(_finite(data), indent=2, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
