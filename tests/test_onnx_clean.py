@@ -321,9 +321,10 @@ def test_squeezes_to_rows() -> None:
     same(before, after)
 
 
+@pytest.mark.parametrize("rest", [-1, 3])
 @pytest.mark.parametrize("shape_of", ["x", "p"])
 @pytest.mark.parametrize("way", ["gather", "slice", "start and end"])
-def test_reshape_by_the_batch_size(way: str, shape_of: str) -> None:
+def test_reshape_by_the_batch_size(way: str, shape_of: str, rest: int) -> None:
     nodes = {
         "gather": [
             ("Shape", shape_of, "s"),
@@ -337,7 +338,7 @@ def test_reshape_by_the_batch_size(way: str, shape_of: str) -> None:
         "zero": np.int64(0),
         "zeros": np.array([0]),
         "ones": np.array([1]),
-        "rest": np.array([-1]),
+        "rest": np.array([rest]),
     }
     tail = [("Concat", "n rest", "size", {"axis": 0}), ("Reshape", "p size", "y")]
     before = graph(POOL, *nodes, *tail, opset=15, **tensors)

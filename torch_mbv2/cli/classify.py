@@ -90,18 +90,18 @@ def run(args: argparse.Namespace) -> int:
         },
     )
     output.print_table(
-        ("image", "class", "label", "probability"),
+        ("image", "probability", "class", "label"),
         [
             (
                 row["path"] if rank == 0 else "",
+                f"{entry['probability']:.4f}",
                 str(entry["class"]),
                 entry["label"] or "",
-                f"{entry['probability']:.4f}",
             )
             for row in rows
             for rank, entry in enumerate(row["top"])
         ],
-        numbers=("class", "probability"),
+        numbers=("probability", "class"),
     )
     if not model.info.pretrained:
         output.note(f"the weights are {model.info.weights}: these classes mean nothing")

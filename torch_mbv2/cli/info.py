@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             "torch": found["torch"],
             "CUDA": found["cuda"] or "none: torch is a CPU-only build",
             "cuDNN": found["cudnn"] or "none",
-            "torch_mbv2": found["torch_mbv2"] or "not installed",
+            "torch_mbv2": found["torch_mbv2"] or "not installed, run from its source",
             "kernels": "can run" if why is None else f"cannot run: {why}",
             "built for": ", ".join(built["archs"]) or "nothing",
             **{name: text or "not installed" for name, text in found["packages"].items()},

@@ -380,7 +380,7 @@ def flatten_pools(graph: Graph) -> Graph:
                 # All of these keep the elements' order, so with C columns there are N rows.
                 after = shapes.get(node.outputs[0], ())
                 columns = shape[1] is not None and len(after) == 2 and after[1] == shape[1]
-                if columns or (node is first and _flattens(node, pool, graph)):
+                if columns or (node is first and _flattens(node, pool, shape[1], graph)):
                     flat = Node("Flatten", pool.outputs, node.outputs, {"axis": 1}, node.name)
                     changes.update(dict.fromkeys(chain, ()))
                     changes[node] = (flat,)
@@ -389,8 +389,8 @@ def flatten_pools(graph: Graph) -> Graph:
     return graph.rewrite(changes)
 
 
-def _flattens(node: Node, pool: Node, graph: Graph) -> bool:
-    """Whether a node behind a pool is Flatten(1), or a Reshape to (its batch size, -1)."""
+def _flattens(node: Node, pool: Node, channels: int | None, graph: Graph) -> bool:
+    """Whether a node behind a pool is Flatten(1), or a Reshape to its batch size and the rest."""
     if node.op == "Flatten":
         return node.attributes.get("axis", 1) in (1, -3)
     if node.op != "Reshape":
@@ -402,7 +402,11 @@ def _flattens(node: Node, pool: Node, graph: Graph) -> bool:
     if concat is None or concat.op != "Concat" or len(concat.inputs) != 2:
         return False
     columns = graph.tensors.get(concat.inputs[1])
-    if columns is None or columns.tolist() != [-1]:
+    if columns is None or columns.size != 1:
+        return False
+    if int(columns.item()) == channels:
+        return True
+    if int(columns.item()) != -1:
         return False
     batched = (pool.inputs[0], pool.outputs[0], *(value.name for value in graph.inputs))
     return _is_batch_size(concat.inputs[0], graph, batched)

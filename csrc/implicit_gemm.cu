@@ -1,0 +1,42 @@
+// conv_implicit_gemm of kernels.h: any convolution as a product of its windows, which are gathered on
+// the way to shared memory and never written to device memory.
+#include "product.cuh"
+
+namespace torch_mbv2 {
+namespace {
+
+template <typename T, bool kVectors>
+cudaError_t run(const ConvParams& p, cudaStream_t stream) {
+  ProductParams g{};
+  const int group_outputs = p.out_channels / p.groups;
+  g.weight = p.weight;
+  g.bias = p.bias;
+  g.output = p.output;
+  g.m = p.batch * p.out_h * p.out_w;
+  g.n = group_outputs;
+  g.k = p.kernel_h * p.kernel_w * (p.in_channels / p.groups);
+  g.pitch = p.out_channels;
+  g.weight_step = int64_t(group_outputs) * g.k;
+  g.bias_step = group_outputs;
+  g.output_step = group_outputs;
+  g.act = p.act;
+  const typename WindowLoader<T, kVectors>::Params a = {p};
+  return launch_best<T, WindowLoader<T, kVectors>, kVectors, false>(g, a, p.groups, stream);
+}
+
+}  // namespace
+
+cudaError_t conv_implicit_gemm(const ConvParams& p, cudaStream_t stream) {
+  if (p.batch == 0 || p.out_channels == 0 || p.out_h == 0 || p.out_w == 0) return cudaSuccess;
+  return dispatch(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int kV = kVecSize<T>;
+    const bool vectors = p.in_channels / p.groups % kV == 0 && p.out_channels / p.groups % kV == 0 &&
+                         p.in_stride_c == 1 && p.in_stride_w % kV == 0 && p.in_stride_h % kV == 0 &&
+                         p.in_stride_n % kV == 0 && is_aligned16(p.input) &&
+                         is_aligned16(p.weight) && is_aligned16(p.output);
+    return vectors ? run<T, true>(p, stream) : run<T, false>(p, stream);
+  });
+}
+
+}  // namespace torch_mbv2
