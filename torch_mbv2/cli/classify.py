@@ -109,8 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_labels(path: str) -> list[str]:
-    """The lines of a file, in UTF-8, without empty ones at its end. Raises Error for other files.
-    """
+    """The lines of a file, in UTF-8, without empty ones at its end. Raises Error for other files."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError:
