@@ -276,9 +276,16 @@ ConvParams conv_params(const char* op, const Tensor& input, const Tensor& weight
 void set_input(ConvParams& p, const Tensor& input) {
   p.input = input.data_ptr();
   p.in_stride_n = input.stride(0);
-  p.in_stride_c = input.stride(1);
-  p.in_stride_h = input.stride(2);
-  p.in_stride_w = input.stride(3);
+  p.in_stride_c = int(input.stride(1));
+  p.in_stride_h = int(input.stride(2));
+  p.in_stride_w = int(input.stride(3));
+}
+
+// Whether offsets within one image of a (N, C, H, W) tensor of any strides are below 2^31.
+bool has_small_images(const Tensor& x) {
+  int64_t last = 0;
+  for (const int dim : {1, 2, 3}) last += (x.size(dim) - 1) * x.stride(dim);
+  return last < std::numeric_limits<int32_t>::max();
 }
 
 void set_dense_input(ConvParams& p, const Tensor& input) {
@@ -289,15 +296,30 @@ void set_dense_input(ConvParams& p, const Tensor& input) {
   p.in_stride_n = p.in_stride_h * p.height;
 }
 
-enum class Route { kGemm, kDepthwise, kImplicitGemm };
+enum class Route { kGemm, kDepthwise, kWinograd, kImplicitGemm };
 
 // Which kernel a convolution runs on. `padded` tells whether any side has padding.
 Route choose_route(const ConvParams& p, bool padded) {
-  if (p.groups > 1 && p.groups == p.in_channels && p.groups == p.out_channels) {
-    return Route::kDepthwise;
+  if (p.groups > 1) {
+    const bool depthwise = p.groups == p.in_channels && p.groups == p.out_channels;
+    return depthwise ? Route::kDepthwise : Route::kImplicitGemm;
   }
-  const bool pointwise = p.kernel_h == 1 && p.kernel_w == 1 && p.stride_h == 1 && p.stride_w == 1;
-  return pointwise && !padded && p.groups == 1 ? Route::kGemm : Route::kImplicitGemm;
+  const bool dense = p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
+  if (p.kernel_h == 1 && p.kernel_w == 1) {
+    const bool pointwise = p.stride_h == 1 && p.stride_w == 1 && !padded;
+    return pointwise ? Route::kGemm : Route::kImplicitGemm;
+  }
+  // Winograd's transforms pay off with many channels, and in float32 only, where there are no tensor
+  // cores to beat.
+  const bool winograd = p.kernel_h == 3 && p.kernel_w == 3 && dense && p.in_channels >= 64 &&
+                        p.out_channels >= 64 && p.dtype == DType::kFloat32;
+  return winograd ? Route::kWinograd : Route::kImplicitGemm;
+}
+
+cudaError_t run_winograd(const ConvParams& p, const Tensor& input, cudaStream_t stream) {
+  Tensor workspace = torch::stable::empty({conv_winograd_workspace(p)}, ScalarType::Byte,
+                                          std::nullopt, input.device());
+  return conv_winograd(p, workspace.data_ptr(), stream);
 }
 
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding,
@@ -318,7 +340,8 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stri
 
   const Route route = choose_route(p, padding != Ints{0, 0, 0, 0});
   // A few input channels are gathered one by one in any case, so they need no copy.
-  if (route == Route::kImplicitGemm && (p.in_channels / p.groups < 8 || input.stride(1) == 1)) {
+  if (route == Route::kImplicitGemm && has_small_images(input) &&
+      (p.in_channels / p.groups < 8 || input.stride(1) == 1)) {
     set_input(p, input);
   } else {
     input = dense_nhwc(input);
@@ -327,6 +350,9 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stri
   switch (route) {
     case Route::kDepthwise:
       check_launch(op, torch_mbv2::conv_depthwise(p, stream));
+      break;
+    case Route::kWinograd:
+      check_launch(op, run_winograd(p, input, stream));
       break;
     case Route::kImplicitGemm:
       check_launch(op, torch_mbv2::conv_implicit_gemm(p, stream));
@@ -362,9 +388,7 @@ Tensor conv2d_winograd(Tensor input, Tensor weight, std::optional<Tensor> bias, 
   p.weight = weight.data_ptr();
   input = dense_nhwc(input);
   set_dense_input(p, input);
-  Tensor workspace = torch::stable::empty({conv_winograd_workspace(p)}, ScalarType::Byte,
-                                          std::nullopt, input.device());
-  check_launch(op, torch_mbv2::conv_winograd(p, workspace.data_ptr(), stream));
+  check_launch(op, run_winograd(p, input, stream));
   return output;
 }
 

@@ -1,4 +1,5 @@
-// Helpers that every kernel shares: element types, 16-byte vectors, the output clamp.
+// Helpers that every kernel shares: element types, vector accesses, the output clamp, division by a
+// fixed divisor, launches in chunks.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "kernels.h"
@@ -53,47 +55,113 @@ struct alignas(sizeof(T) * kSize) Vec {
 template <typename T>
 constexpr int kVecSize = 16 / sizeof(T);  // elements in 16 bytes
 
+// The machine word of kBytes that one load or store instruction moves.
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned int;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+template <typename T, int kSize>
+using Word = typename WordOf<sizeof(T) * kSize>::type;
+
+// kSize elements by one load through the read-only path, or zeros where `valid` is false (nothing is
+// read then). `p` must be aligned to the word.
+template <typename T, int kSize>
+__device__ __forceinline__ Word<T, kSize> load_word(const T* p, bool valid = true) {
+  Word<T, kSize> word{};
+  if (valid) word = __ldg(reinterpret_cast<const Word<T, kSize>*>(p));
+  return word;
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ void unpack(const Word<T, kSize>& word, float (&out)[kSize]) {
+  T elements[kSize];
+  memcpy(elements, &word, sizeof(word));
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) out[i] = to_float(elements[i]);
+}
+
+// As floats, moved by one access.
 template <typename T, int kSize>
 __device__ __forceinline__ void load_floats(const T* p, float (&out)[kSize]) {
-  const Vec<T, kSize> v = *reinterpret_cast<const Vec<T, kSize>*>(p);
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) out[i] = to_float(v.data[i]);
+  unpack<T, kSize>(*reinterpret_cast<const Word<T, kSize>*>(p), out);
 }
 
+// Rounds and stores kSize elements by one instruction; pairs of halves are rounded and packed by one.
 template <typename T, int kSize>
 __device__ __forceinline__ void store_floats(T* p, const float (&in)[kSize]) {
-  Vec<T, kSize> v;
+  Word<T, kSize> word;
+  if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
+    uint32_t pairs[kSize / 2];
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) v.data[i] = from_float<T>(in[i]);
-  *reinterpret_cast<Vec<T, kSize>*>(p) = v;
+    for (int i = 0; i < kSize / 2; ++i) {
+      if constexpr (std::is_same_v<T, __half>) {
+        const __half2 pair = __floats2half2_rn(in[2 * i], in[2 * i + 1]);
+        memcpy(&pairs[i], &pair, 4);
+      } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
+        memcpy(&pairs[i], &pair, 4);
+      }
+    }
+    memcpy(&word, pairs, sizeof(word));
+  } else {
+    T elements[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) elements[i] = from_float<T>(in[i]);
+    memcpy(&word, elements, sizeof(word));
+  }
+  *reinterpret_cast<Word<T, kSize>*>(p) = word;
 }
 
-// 16 bytes as they lie in memory, converted to floats as late as possible (it saves registers).
-struct Packed {
-  uint4 bits;
+// Division of n < 2^31 by a divisor in [1, 2^31) fixed on the host: one high multiply, an add and a
+// shift (Granlund and Montgomery 1994).
+struct Divider {
+  uint32_t divisor;
+  uint32_t magic;
+  uint32_t shift;
+
+  Divider() = default;
+  explicit Divider(uint32_t d) : divisor(d), shift(0) {
+    while ((uint64_t{1} << shift) < d) ++shift;
+    magic = static_cast<uint32_t>((((uint64_t{1} << shift) - d) << 32) / d + 1);
+  }
+
+  // n / divisor; `remainder` becomes n % divisor.
+  __device__ __forceinline__ uint32_t divide(uint32_t n, uint32_t& remainder) const {
+    const uint32_t quotient = (__umulhi(n, magic) + n) >> shift;
+    remainder = n - quotient * divisor;
+    return quotient;
+  }
 };
 
-template <typename T>
-__device__ __forceinline__ Packed load_packed(const T* p) {
-  return {*reinterpret_cast<const uint4*>(p)};
-}
+// Work items that one launch may have, so that item indices stay below 2^31 (see Divider).
+constexpr int64_t kMaxItems = (int64_t{1} << 31) - 1024;
 
-template <typename T>
-__device__ __forceinline__ void unpack(const Packed& packed, float (&out)[kVecSize<T>]) {
-  const uint32_t words[4] = {packed.bits.x, packed.bits.y, packed.bits.z, packed.bits.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      out[i] = __uint_as_float(words[i]);
-    } else if constexpr (std::is_same_v<T, __half>) {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
-      out[2 * i] = pair.x;
-      out[2 * i + 1] = pair.y;
-    } else {
-      out[2 * i] = __uint_as_float(words[i] << 16);
-      out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
+// Splits a batch into launches of at most kMaxItems work items and calls
+// launch(first_image, images) for each; stops at the first error.
+template <typename F>
+cudaError_t for_each_chunk(int64_t batch, int64_t items_per_image, F&& launch) {
+  if (batch <= 0 || items_per_image <= 0) return cudaSuccess;
+  if (items_per_image > kMaxItems) return cudaErrorInvalidValue;
+  const int64_t most = kMaxItems / items_per_image;
+  for (int64_t first = 0; first < batch; first += most) {
+    const int64_t images = batch - first < most ? batch - first : most;
+    if (const cudaError_t error = launch(first, images); error != cudaSuccess) return error;
   }
+  return cudaSuccess;
 }
 
 // Multiprocessors of the current device.

@@ -11,7 +11,7 @@
 // channels; depthwise_any for everything else.
 #include <climits>
 
-#include "vector.cuh"
+#include "common.cuh"
 
 namespace torch_mbv2 {
 namespace {
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
 #pragma unroll
     for (int x = 0; x < kWidth; ++x) {
 #pragma unroll
-      for (int v = 0; v < kVec; ++v) sum[d][x][v] = bias[v];
+      for (int v = 0; v < kVec; ++v) sum[d][x][v] = 0.0f;
     }
   }
 
@@ -193,15 +193,15 @@ __global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
         for (int x = 0; x < kWidth; ++x) {
           float result[kVec];
 #pragma unroll
-          for (int v = 0; v < kVec; ++v) result[v] = apply(a.act, done[x][v]);
-          if (x0 + x < a.out_w) store_word<T, kVec>(out + static_cast<int64_t>(x) * a.channels, result);
+          for (int v = 0; v < kVec; ++v) result[v] = apply(a.act, done[x][v] + bias[v]);
+          if (x0 + x < a.out_w) store_floats<T, kVec>(out + static_cast<int64_t>(x) * a.channels, result);
         }
         out += static_cast<int64_t>(a.out_w) * a.channels;
       }
 #pragma unroll
       for (int x = 0; x < kWidth; ++x) {
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) done[x][v] = bias[v];
+        for (int v = 0; v < kVec; ++v) done[x][v] = 0.0f;
       }
     }
   }
@@ -289,8 +289,7 @@ __global__ void __launch_bounds__(kThreads) depthwise_any(const AnyArgs a) {
   const T* input = static_cast<const T*>(p.input) +
                    image * p.height * p.width * static_cast<int64_t>(p.in_channels) + channel;
   const T* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(channel) * taps;
-  float sum[kVec];
-  unpack<T, kVec>(load_word<T, kVec>(static_cast<const T*>(p.bias) + channel, p.bias != nullptr), sum);
+  float sum[kVec] = {};
 
   const int64_t top = static_cast<int64_t>(y) * p.stride_h - p.pad_top;
   const int64_t left = static_cast<int64_t>(x) * p.stride_w - p.pad_left;
@@ -309,9 +308,11 @@ __global__ void __launch_bounds__(kThreads) depthwise_any(const AnyArgs a) {
       }
     }
   }
+  float bias[kVec];
+  unpack<T, kVec>(load_word<T, kVec>(static_cast<const T*>(p.bias) + channel, p.bias != nullptr), bias);
 #pragma unroll
-  for (int v = 0; v < kVec; ++v) sum[v] = apply(p.act, sum[v]);
-  store_word<T, kVec>(static_cast<T*>(p.output) +
+  for (int v = 0; v < kVec; ++v) sum[v] = apply(p.act, sum[v] + bias[v]);
+  store_floats<T, kVec>(static_cast<T*>(p.output) +
                           ((image * p.out_h + y) * p.out_w + x) * p.out_channels + channel,
                       sum);
 }
@@ -349,7 +350,8 @@ cudaError_t conv_depthwise(const ConvParams& p, cudaStream_t stream) {
   return dispatch(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kVec = kVecSize<T>;
-    if (p.out_channels % kVec != 0 || !all_aligned(16, p.input, p.weight, p.bias, p.output)) {
+    if (p.out_channels % kVec != 0 || !is_aligned16(p.input) || !is_aligned16(p.weight) ||
+        !is_aligned16(p.bias) || !is_aligned16(p.output)) {
       return launch_any<T, 1>(p, stream);
     }
     const bool square = p.kernel_h == p.kernel_w && p.stride_h == p.stride_w && p.dilation_h == 1 &&

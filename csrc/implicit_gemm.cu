@@ -7,12 +7,11 @@ namespace {
 
 template <typename T, bool kVectors>
 cudaError_t run(const ConvParams& p, cudaStream_t stream) {
+  using Loader = WindowLoader<T, kVectors>;
   ProductParams g{};
   const int group_outputs = p.out_channels / p.groups;
   g.weight = p.weight;
   g.bias = p.bias;
-  g.output = p.output;
-  g.m = p.batch * p.out_h * p.out_w;
   g.n = group_outputs;
   g.k = p.kernel_h * p.kernel_w * (p.in_channels / p.groups);
   g.pitch = p.out_channels;
@@ -20,8 +19,15 @@ cudaError_t run(const ConvParams& p, cudaStream_t stream) {
   g.bias_step = group_outputs;
   g.output_step = group_outputs;
   g.act = p.act;
-  const typename WindowLoader<T, kVectors>::Params a = {p};
-  return launch_best<T, WindowLoader<T, kVectors>, kVectors, false>(g, a, p.groups, stream);
+  const int64_t pixels = int64_t(p.out_h) * p.out_w;
+  return for_each_chunk(p.batch, pixels, [&](int64_t first, int64_t images) {
+    ConvParams chunk = p;
+    chunk.input = static_cast<const T*>(p.input) + first * p.in_stride_n;
+    chunk.batch = images;
+    g.m = images * pixels;
+    g.output = static_cast<T*>(p.output) + first * pixels * p.out_channels;
+    return launch_best<T, Loader, kVectors, false>(g, Loader::params(chunk), p.groups, stream);
+  });
 }
 
 }  // namespace

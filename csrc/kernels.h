@@ -53,9 +53,10 @@ struct ConvParams {
   int pad_top, pad_left;
   int dilation_h, dilation_w;
   int groups;
-  // Element strides of the input. conv_depthwise needs dense NHWC; conv_implicit_gemm takes any, and
-  // is fast where in_stride_c == 1.
-  int64_t in_stride_n, in_stride_h, in_stride_w, in_stride_c;
+  // Element strides of the input; offsets within one image are below 2^31. conv_depthwise needs dense
+  // NHWC; conv_implicit_gemm takes any, and is fast where in_stride_c == 1.
+  int64_t in_stride_n;
+  int in_stride_h, in_stride_w, in_stride_c;
   Clamp act;
   DType dtype;
 };

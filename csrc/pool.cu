@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kLanes = 32;   // channel vectors of a block of global_pool
 constexpr int kSplits = 8;   // shares of the pixels of a block of global_pool
+constexpr int kRun = 16;     // pixels summed before they join the sum, for the sake of its rounding
 
 // output[n, c] = mean over pixels of input[n, pixel, c].
 //
@@ -26,11 +27,16 @@ __global__ void __launch_bounds__(kLanes* kSplits)
   float sum[kV] = {};
   if (inside) {
     const T* const input = static_cast<const T*>(p.input) + int64_t(image) * p.pixels * p.channels;
-    for (int64_t pixel = threadIdx.y; pixel < p.pixels; pixel += kSplits) {
-      float value[kV];
-      load_floats(input + pixel * p.channels + c0, value);
+    for (int64_t pixel = threadIdx.y; pixel < p.pixels;) {
+      float part[kV] = {};
+      for (int i = 0; i < kRun && pixel < p.pixels; ++i, pixel += kSplits) {
+        float value[kV];
+        load_floats(input + pixel * p.channels + c0, value);
 #pragma unroll
-      for (int v = 0; v < kV; ++v) sum[v] += value[v];
+        for (int v = 0; v < kV; ++v) part[v] += value[v];
+      }
+#pragma unroll
+      for (int v = 0; v < kV; ++v) sum[v] += part[v];
     }
   }
 #pragma unroll

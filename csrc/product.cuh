@@ -71,49 +71,53 @@ struct MatrixLoader {
 template <typename T, bool kVectors>
 struct WindowLoader {
   struct Params {
-    ConvParams conv;
+    ConvParams conv;  // of at most 2^31 - 1 output pixels
+    Divider out_w, out_h, group_channels, kernel_w;
   };
   struct Row {
     const T* image;
     int ih, iw;  // of the window's first tap; far outside for rows beyond the last
   };
 
+  static Params params(const ConvParams& c) {
+    return {c, Divider(c.out_w), Divider(c.out_h), Divider(c.in_channels / c.groups),
+            Divider(c.kernel_w)};
+  }
+
   __device__ static Row row(const Params& p, const ProductParams& g, int z, int64_t m) {
     const ConvParams& c = p.conv;
     const bool inside = m < g.m;
-    const int64_t line = (inside ? m : 0) / c.out_w;
-    const int ow = int((inside ? m : 0) - line * c.out_w);
-    const int64_t image = line / c.out_h;
-    const int oh = int(line - image * c.out_h);
-    const int group_channels = c.in_channels / c.groups;
+    uint32_t oh, ow;
+    const uint32_t line = p.out_w.divide(inside ? uint32_t(m) : 0, ow);
+    const uint32_t image = p.out_h.divide(line, oh);
     return {static_cast<const T*>(c.input) + image * c.in_stride_n +
-                int64_t(z) * group_channels * c.in_stride_c,
-            inside ? oh * c.stride_h - c.pad_top : INT32_MIN / 2, ow * c.stride_w - c.pad_left};
+                int64_t(z) * int(p.group_channels.divisor) * c.in_stride_c,
+            inside ? int(oh) * c.stride_h - c.pad_top : INT32_MIN / 2,
+            int(ow) * c.stride_w - c.pad_left};
   }
 
-  __device__ static const T* element(const ConvParams& c, const Row& row, int k, bool* inside) {
-    const int group_channels = c.in_channels / c.groups;
-    const int tap = unsigned(k) / unsigned(group_channels);
-    const int channel = k - tap * group_channels;
-    const int i = unsigned(tap) / unsigned(c.kernel_w);
-    const int j = tap - i * c.kernel_w;
-    const int ih = row.ih + i * c.dilation_h, iw = row.iw + j * c.dilation_w;
+  __device__ static const T* element(const Params& p, const Row& row, int k, bool* inside) {
+    const ConvParams& c = p.conv;
+    uint32_t channel, j;
+    const uint32_t tap = p.group_channels.divide(k, channel);
+    const uint32_t i = p.kernel_w.divide(tap, j);
+    const int ih = row.ih + int(i) * c.dilation_h, iw = row.iw + int(j) * c.dilation_w;
     *inside = unsigned(ih) < unsigned(c.height) && unsigned(iw) < unsigned(c.width) &&
-              i < c.kernel_h;
-    return row.image + ih * c.in_stride_h + iw * c.in_stride_w + channel * c.in_stride_c;
+              int(i) < c.kernel_h;
+    return row.image + (ih * c.in_stride_h + iw * c.in_stride_w + int(channel) * c.in_stride_c);
   }
 
   __device__ static void load(const Params& p, const ProductParams& g, const Row& row, int z, int k,
                               T* to) {
     bool inside;
     if constexpr (kVectors) {
-      const T* from = element(p.conv, row, k, &inside);
+      const T* from = element(p, row, k, &inside);
       copy_async16(shared_address(to), inside ? from : row.image, inside);
     } else {
       Vec<T, kVecSize<T>> v;
 #pragma unroll
       for (int i = 0; i < kVecSize<T>; ++i) {
-        const T* from = element(p.conv, row, k + i, &inside);
+        const T* from = element(p, row, k + i, &inside);
         v.data[i] = inside ? *from : from_float<T>(0.0f);
       }
       *reinterpret_cast<Vec<T, kVecSize<T>>*>(to) = v;
@@ -136,6 +140,7 @@ struct HalfTile {
   static constexpr int kM = kM_;            // rows of the output a block makes
   static constexpr int kN = kN_;            // columns
   static constexpr int kK = kK_;            // of k a stage holds
+  static constexpr int kThreadRows = 2;     // rows a thread makes
   static constexpr int kSplits = kSplits_;  // warps that share the k of one stage
   static constexpr int kStages = kStages_;
   static constexpr int kWarps = kM / 16 * kSplits;
@@ -318,44 +323,54 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
 // --------------------------------------------------------------------------------- float32: FFMA
 
-template <int kM_, int kN_>
+template <int kM_, int kN_, int kThreadRows_, int kSplits_>
 struct FloatTile {
-  static constexpr int kM = kM_;
-  static constexpr int kN = kN_;
-  static constexpr int kK = 16;
+  static constexpr int kM = kM_;                    // rows of the output a block makes
+  static constexpr int kN = kN_;                    // columns
+  static constexpr int kThreadRows = kThreadRows_;  // rows a thread makes
+  static constexpr int kSplits = kSplits_;          // groups of threads that share the k of a stage
+  static constexpr int kSplitK = 16;                // of k a group takes of a stage
+  static constexpr int kK = kSplitK * kSplits;
   static constexpr int kStages = 3;
   static constexpr int kColumnThreads = 8;
-  static constexpr int kRowThreads = kM / 8;
-  static constexpr int kThreads = kColumnThreads * kRowThreads;
-  static constexpr int kPitch = kK + 4;  // rows 16 bytes apart in banks: no conflicts
+  static constexpr int kRowThreads = kM / kThreadRows;
+  static constexpr int kGroup = kColumnThreads * kRowThreads;
+  static constexpr int kThreads = kGroup * kSplits;
+  static constexpr int kMinBlocks = kSplits > 1 ? 2 : 1;  // on a multiprocessor
+  static constexpr int kPitch = kK + 4;                   // rows 16 bytes apart in banks: no conflicts
   static constexpr int kStageBytes = (kM + kN) * kPitch * 4;
+  static constexpr int kPartialBytes = (kSplits - 1) * kM * kN * 4;
   static int shared_bytes(int k) {
     const int steps = ceil_div(k, kK);
-    return (steps < kStages ? steps : kStages) * kStageBytes;
+    const int bytes = (steps < kStages ? steps : kStages) * kStageBytes;
+    return bytes < kPartialBytes ? kPartialBytes : bytes;
   }
 };
 
-// A block owns a kM x kN tile; thread (y, x) owns rows y + kRowThreads * i, i < 8, and columns x + 8
-// * j, j < kN / 8. Both tiles lie in shared memory as they do in device memory, k innermost, and are
-// read 4 k at a time. Shared memory: kStages x { A tile (kM x kPitch), weight tile (kN x kPitch) }.
+// A block owns a kM x kN tile; thread (split, y, x) owns rows y + kRowThreads * i, i < kThreadRows,
+// and columns x + 8 * j, j < kN / 8, for its share of every stage's k. Both tiles lie in shared memory
+// as they do in device memory, k innermost, and are read 4 k at a time. Shared memory: kStages x { A
+// tile (kM x kPitch), weight tile (kN x kPitch) }; afterwards the partial sums of the other splits.
 template <typename Tile, typename Loader, bool kVectors>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     float_product(const __grid_constant__ ProductParams g,
                   const __grid_constant__ typename Loader::Params a) {
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr int kPieces = Tile::kK / 4;
-  constexpr int kRowStep = Tile::kThreads / kPieces;
+  constexpr int kRowStep = Tile::kThreads / kPieces;  // rows that one pass of all threads loads
   constexpr int kRowsA = Tile::kM / kRowStep;
   constexpr int kRowsB = ceil_div(Tile::kN, kRowStep);
-  constexpr int kColumns = Tile::kN / 8;
+  constexpr int kRows = Tile::kThreadRows, kColumns = Tile::kN / 8;
   static_assert(Tile::kM % kRowStep == 0);
 
   const unsigned m_tile = blockIdx.x / g.n_tiles;
   const int n0 = (blockIdx.x - m_tile * g.n_tiles) * Tile::kN;
   const int64_t m0 = int64_t(m_tile) * Tile::kM;
   const int z = blockIdx.z;
-  const int x = threadIdx.x % Tile::kColumnThreads, y = threadIdx.x / Tile::kColumnThreads;
+  const int split = threadIdx.x / Tile::kGroup, member = threadIdx.x % Tile::kGroup;
+  const int x = member % Tile::kColumnThreads, y = member / Tile::kColumnThreads;
 
+  // 1. The pieces this thread loads: always the same rows and the same piece of them.
   const int piece = threadIdx.x % kPieces, first_row = threadIdx.x / kPieces;
   typename Loader::Row rows[kRowsA];
 #pragma unroll
@@ -392,7 +407,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
     }
   };
 
-  float acc[8][kColumns] = {};
+  // 2. The product, kStages - 1 stages of loads ahead of it.
+  float acc[kRows][kColumns] = {};
+  float total[kRows * kColumns] = {};  // with splits only
 #pragma unroll
   for (int s = 0; s < Tile::kStages - 1; ++s) {
     if (s < steps) load_stage(s);
@@ -404,13 +421,14 @@ __global__ void __launch_bounds__(Tile::kThreads)
     if (step + Tile::kStages - 1 < steps) load_stage(step + Tile::kStages - 1);
     copy_async_commit();
     const float* const tile =
-        reinterpret_cast<const float*>(shared + step % Tile::kStages * Tile::kStageBytes);
+        reinterpret_cast<const float*>(shared + step % Tile::kStages * Tile::kStageBytes) +
+        split * Tile::kSplitK;
     const float* const weight_tile = tile + Tile::kM * Tile::kPitch;
 #pragma unroll
-    for (int k = 0; k < Tile::kK; k += 4) {
-      float4 left[8];
+    for (int k = 0; k < Tile::kSplitK; k += 4) {
+      float4 left[kRows];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < kRows; ++i) {
         left[i] = *reinterpret_cast<const float4*>(
             tile + (y + Tile::kRowThreads * i) * Tile::kPitch + k);
       }
@@ -419,7 +437,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
         const float4 right =
             *reinterpret_cast<const float4*>(weight_tile + (x + 8 * j) * Tile::kPitch + k);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < kRows; ++i) {
           acc[i][j] = fmaf(left[i].x, right.x, acc[i][j]);
           acc[i][j] = fmaf(left[i].y, right.y, acc[i][j]);
           acc[i][j] = fmaf(left[i].z, right.z, acc[i][j]);
@@ -427,9 +445,42 @@ __global__ void __launch_bounds__(Tile::kThreads)
         }
       }
     }
+    // Long sums of few outputs are where others split k as well: sums of sums round less.
+    if constexpr (Tile::kSplits > 1) {
+#pragma unroll
+      for (int i = 0; i < kRows * kColumns; ++i) {
+        float& part = acc[i / kColumns][i % kColumns];
+        total[i] += part;
+        part = 0.0f;
+      }
+    }
   }
   copy_async_wait<0>();
 
+  // 3. Partial sums of the splits, added in order.
+  if constexpr (Tile::kSplits > 1) {
+    __syncthreads();
+    float* const partial = reinterpret_cast<float*>(shared) + member;
+    constexpr int kStep = Tile::kM * Tile::kN;
+    if (split > 0) {
+#pragma unroll
+      for (int i = 0; i < kRows * kColumns; ++i) {
+        partial[(split - 1) * kStep + i * Tile::kGroup] = total[i];
+      }
+    }
+    __syncthreads();
+    if (split > 0) return;
+    for (int other = 0; other < Tile::kSplits - 1; ++other) {
+#pragma unroll
+      for (int i = 0; i < kRows * kColumns; ++i) {
+        total[i] += partial[other * kStep + i * Tile::kGroup];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows * kColumns; ++i) acc[i / kColumns][i % kColumns] = total[i];
+  }
+
+  // 4. Bias, activation, store.
   const float* const bias =
       g.bias == nullptr ? nullptr : static_cast<const float*>(g.bias) + z * g.bias_step;
   float* const output = static_cast<float*>(g.output) + z * g.output_step;
@@ -439,7 +490,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     if (column >= g.n) continue;
     const float b = bias == nullptr ? 0.0f : bias[column];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const int64_t row = m0 + y + Tile::kRowThreads * i;
       if (row < g.m) output[row * g.pitch + column] = apply(g.act, acc[i][j] + b);
     }
@@ -470,29 +521,23 @@ struct TileList {};
 
 using HalfTiles = TileList<HalfTile<128, 16, 32, 1, 3>, HalfTile<128, 32, 32, 1, 3>,
                            HalfTile<128, 64, 32, 1, 3>, HalfTile<128, 96, 32, 1, 3>,
-                           HalfTile<128, 192, 32, 1, 3>, HalfTile<64, 64, 64, 2, 3>,
+                           HalfTile<128, 48, 32, 1, 3>, HalfTile<64, 64, 64, 2, 3>,
                            HalfTile<32, 32, 128, 4, 3>, HalfTile<16, 32, 128, 8, 3>>;
 // Windows are costly to gather: fewer tiles, and none that reads them often.
 using HalfWindowTiles =
     TileList<HalfTile<128, 32, 32, 1, 3>, HalfTile<128, 96, 32, 1, 3>, HalfTile<32, 32, 128, 4, 3>>;
-using FloatTiles = TileList<FloatTile<128, 64>, FloatTile<128, 32>, FloatTile<128, 16>,
-                            FloatTile<32, 32>>;
+using FloatTiles =
+    TileList<FloatTile<128, 64, 8, 1>, FloatTile<128, 32, 8, 1>, FloatTile<128, 16, 8, 1>,
+             FloatTile<32, 32, 4, 4>, FloatTile<16, 32, 4, 8>, FloatTile<16, 16, 4, 8>>;
+using FloatWindowTiles = TileList<FloatTile<128, 64, 8, 1>, FloatTile<128, 32, 8, 1>,
+                                  FloatTile<32, 32, 4, 4>>;
 // Single elements through registers: rare shapes, one tile for each type.
-using FloatElementTiles = TileList<FloatTile<128, 32>>;
-
-template <typename Tile>
-constexpr int tile_splits() {
-  if constexpr (requires { Tile::kSplits; }) {
-    return Tile::kSplits;
-  } else {
-    return 1;
-  }
-}
+using FloatElementTiles = TileList<FloatTile<128, 32, 8, 1>>;
 
 template <typename T, typename Loader, bool kVectors, typename... TileTypes>
 cudaError_t launch_from(TileList<TileTypes...>, const ProductParams& g,
                         const typename Loader::Params& a, int z_count, cudaStream_t stream) {
-  constexpr TileShape kShapes[] = {{TileTypes::kM, TileTypes::kN, tile_splits<TileTypes>()}...};
+  constexpr TileShape kShapes[] = {{TileTypes::kM, TileTypes::kN, TileTypes::kThreadRows, TileTypes::kSplits}...};
   const int chosen = choose_tile(kShapes, sizeof...(TileTypes), g.m, g.n, g.k, z_count, sizeof(T),
                                  sm_count());
   cudaError_t error = cudaErrorInvalidValue;
@@ -518,8 +563,10 @@ cudaError_t launch_best(const ProductParams& g, const typename Loader::Params& a
                         cudaStream_t stream) {
   if constexpr (sizeof(T) == 4 && !kVectors) {
     return launch_from<T, Loader, kVectors>(FloatElementTiles{}, g, a, z_count, stream);
-  } else if constexpr (sizeof(T) == 4) {
+  } else if constexpr (sizeof(T) == 4 && kMatrix) {
     return launch_from<T, Loader, kVectors>(FloatTiles{}, g, a, z_count, stream);
+  } else if constexpr (sizeof(T) == 4) {
+    return launch_from<T, Loader, kVectors>(FloatWindowTiles{}, g, a, z_count, stream);
   } else if constexpr (kMatrix && kVectors) {
     return launch_from<T, Loader, kVectors>(HalfTiles{}, g, a, z_count, stream);
   } else {
