@@ -1,6 +1,6 @@
-// The only file that includes torch (LibTorch stable ABI): argument checks, memory, stream, choice of
-// kernel, registration for CUDA. Schemas, fakes and the stock implementations are in ops.py; every
-// check here stands there too, in the same order and the same words.
+// The only file that includes torch (LibTorch stable ABI): argument checks, memory, stream, choice
+// of kernel, registration for CUDA. Schemas, fakes and the stock implementations are in ops.py;
+// every check here stands there too, in the same order and the same words.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -309,8 +309,8 @@ Route choose_route(const ConvParams& p, bool padded) {
     const bool pointwise = p.stride_h == 1 && p.stride_w == 1 && !padded;
     return pointwise ? Route::kGemm : Route::kImplicitGemm;
   }
-  // Winograd's transforms pay off with many channels, and in float32 only, where there are no tensor
-  // cores to beat.
+  // Winograd's transforms pay off with many channels, and in float32 only, where there are no
+  // tensor cores to beat.
   const bool winograd = p.kernel_h == 3 && p.kernel_w == 3 && dense && p.in_channels >= 64 &&
                         p.out_channels >= 64 && p.dtype == DType::kFloat32;
   return winograd ? Route::kWinograd : Route::kImplicitGemm;
@@ -325,11 +325,11 @@ cudaError_t run_winograd(const ConvParams& p, const Tensor& input, cudaStream_t 
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding,
               Ints dilation, int64_t groups, Bound act_min, Bound act_max) {
   const char* op = "conv2d";
-  ConvParams p = conv_params(op, input, weight, bias, stride, padding, dilation, groups, act_min,
-                             act_max);
+  ConvParams p =
+      conv_params(op, input, weight, bias, stride, padding, dilation, groups, act_min, act_max);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor output = empty(input, {p.batch, p.out_channels, p.out_h, p.out_w},
-                        MemoryFormat::ChannelsLast);
+  Tensor output =
+      empty(input, {p.batch, p.out_channels, p.out_h, p.out_w}, MemoryFormat::ChannelsLast);
   if (output.numel() == 0) return output;
   const cudaStream_t stream = current_stream(input);
   if (bias) bias = dense(*bias);
@@ -349,17 +349,17 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stri
   }
   switch (route) {
     case Route::kDepthwise:
-      check_launch(op, torch_mbv2::conv_depthwise(p, stream));
+      check_launch(op, conv_depthwise(p, stream));
       break;
     case Route::kWinograd:
       check_launch(op, run_winograd(p, input, stream));
       break;
     case Route::kImplicitGemm:
-      check_launch(op, torch_mbv2::conv_implicit_gemm(p, stream));
+      check_launch(op, conv_implicit_gemm(p, stream));
       break;
     case Route::kGemm: {
       const int64_t pixels = p.batch * p.height * p.width;
-      check_launch(op, torch_mbv2::gemm({p.input, p.weight, p.bias, p.output, pixels, p.out_channels,
+      check_launch(op, gemm({p.input, p.weight, p.bias, p.output, pixels, p.out_channels,
                              p.in_channels, 1, p.act, p.dtype},
                             stream));
       break;
@@ -371,14 +371,13 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stri
 Tensor conv2d_winograd(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints padding,
                        Bound act_min, Bound act_max) {
   const char* op = "conv2d_winograd";
-  ConvParams p =
-      conv_params(op, input, weight, bias, {1, 1}, padding, {1, 1}, 1, act_min, act_max);
+  ConvParams p = conv_params(op, input, weight, bias, {1, 1}, padding, {1, 1}, 1, act_min, act_max);
   if (p.kernel_h != 3 || p.kernel_w != 3) {
     fail(op, "weight must have a 3 x 3 kernel, got ", shape(weight));
   }
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor output = empty(input, {p.batch, p.out_channels, p.out_h, p.out_w},
-                        MemoryFormat::ChannelsLast);
+  Tensor output =
+      empty(input, {p.batch, p.out_channels, p.out_h, p.out_w}, MemoryFormat::ChannelsLast);
   if (output.numel() == 0) return output;
   const cudaStream_t stream = current_stream(input);
   if (bias) bias = dense(*bias);
@@ -421,10 +420,10 @@ Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias, Bound act
   weight = dense(weight);
   if (bias) bias = dense(*bias);
   const int64_t rows = output.numel() / weight.size(0);
-  check_launch(op, torch_mbv2::gemm({input.data_ptr(), weight.data_ptr(), pointer(bias), output.data_ptr(), rows,
-                         int(weight.size(0)), int(features), 1, clamp(act_min, act_max),
-                         dtype_of(input)},
-                        stream));
+  check_launch(
+      op, gemm({input.data_ptr(), weight.data_ptr(), pointer(bias), output.data_ptr(), rows,
+                int(weight.size(0)), int(features), 1, clamp(act_min, act_max), dtype_of(input)},
+               stream));
   return output;
 }
 
@@ -495,10 +494,10 @@ Tensor global_avg_pool2d(Tensor input, bool keepdim) {
   if (output.numel() == 0) return output;
   const cudaStream_t stream = current_stream(input);
   input = dense_nhwc(input);
-  check_launch(op, torch_mbv2::global_avg_pool2d({input.data_ptr(), output.data_ptr(), batch,
-                                      input.size(2) * input.size(3), int(channels),
-                                      dtype_of(input)},
-                                     stream));
+  const GlobalPoolParams p = {
+      input.data_ptr(), output.data_ptr(), batch, input.size(2) * input.size(3),
+      int(channels),    dtype_of(input)};
+  check_launch(op, torch_mbv2::global_avg_pool2d(p, stream));
   return output;
 }
 
@@ -521,9 +520,9 @@ Tensor add(Tensor input, Tensor other, Bound act_min, Bound act_max) {
   const cudaStream_t stream = current_stream(input);
   input = image ? dense_nhwc(input) : dense(input);
   other = image ? dense_nhwc(other) : dense(other);
-  check_launch(op, torch_mbv2::add({input.data_ptr(), other.data_ptr(), output.data_ptr(), output.numel(),
-                        clamp(act_min, act_max), dtype_of(input)},
-                       stream));
+  const AddParams p = {input.data_ptr(), other.data_ptr(),        output.data_ptr(),
+                       output.numel(),   clamp(act_min, act_max), dtype_of(input)};
+  check_launch(op, torch_mbv2::add(p, stream));
   return output;
 }
 

@@ -77,8 +77,8 @@ struct WordOf<16> {
 template <typename T, int kSize>
 using Word = typename WordOf<sizeof(T) * kSize>::type;
 
-// kSize elements by one load through the read-only path, or zeros where `valid` is false (nothing is
-// read then). `p` must be aligned to the word.
+// kSize elements by one load through the read-only path, or zeros where `valid` is false (nothing
+// is read then). `p` must be aligned to the word.
 template <typename T, int kSize>
 __device__ __forceinline__ Word<T, kSize> load_word(const T* p, bool valid = true) {
   Word<T, kSize> word{};
@@ -97,10 +97,12 @@ __device__ __forceinline__ void unpack(const Word<T, kSize>& word, float (&out)[
 // As floats, moved by one access.
 template <typename T, int kSize>
 __device__ __forceinline__ void load_floats(const T* p, float (&out)[kSize]) {
-  unpack<T, kSize>(*reinterpret_cast<const Word<T, kSize>*>(p), out);
+  const Word<T, kSize> word = *reinterpret_cast<const Word<T, kSize>*>(p);  // one access, not many
+  unpack<T, kSize>(word, out);
 }
 
-// Rounds and stores kSize elements by one instruction; pairs of halves are rounded and packed by one.
+// Rounds and stores kSize elements by one instruction; pairs of halves are rounded and packed by
+// one.
 template <typename T, int kSize>
 __device__ __forceinline__ void store_floats(T* p, const float (&in)[kSize]) {
   Word<T, kSize> word;
@@ -148,7 +150,7 @@ struct Divider {
 };
 
 // Work items that one launch may have, so that item indices stay below 2^31 (see Divider).
-constexpr int64_t kMaxItems = (int64_t{1} << 31) - 1024;
+constexpr int64_t kMaxItems = INT32_MAX;
 
 // Splits a batch into launches of at most kMaxItems work items and calls
 // launch(first_image, images) for each; stops at the first error.

@@ -4,13 +4,11 @@
 //                              * input[n, y * stride_h - pad_top + i * dilation_h,
 //                                      x * stride_w - pad_left + j * dilation_w, c])
 //
-// input (n, height, width, c) and output (n, out_h, out_w, c) dense; weight (c, kh, kw); bias (c) or
-// null; input outside the image is 0. Accumulates in float32 in a fixed order, rounds once.
+// input (n, height, width, c) and output (n, out_h, out_w, c) dense; weight (c, kh, kw); bias (c)
+// or null; input outside the image is 0. Accumulates in float32 in a fixed order, rounds once.
 //
-// Two kernels: depthwise_strip for the square windows and strides that networks use, with vectors of
-// channels; depthwise_any for everything else.
-#include <climits>
-
+// Two kernels: depthwise_strip for the square windows and strides that networks use, with vectors
+// of channels; depthwise_any for everything else.
 #include "common.cuh"
 
 namespace torch_mbv2 {
@@ -24,11 +22,11 @@ struct StripArgs {
   const void* bias;
   void* output;
   int height, width, channels, out_h, out_w, pad_top, pad_left;
-  int run_rows;      // output rows of a run
-  uint32_t items;    // images * runs * strips * vectors, below 2^31
-  Divider vectors;   // channel vectors of a pixel
-  Divider strips;    // column strips of a row
-  Divider runs;      // runs of an image
+  int run_rows;     // output rows of a run
+  uint32_t items;   // images * runs * strips * vectors, below 2^31
+  Divider vectors;  // channel vectors of a pixel
+  Divider strips;   // column strips of a row
+  Divider runs;     // runs of an image
   Clamp act;
 };
 
@@ -66,11 +64,11 @@ struct StripShape<T, 5, 2> {
 // Registers: the weights (kK * kK * kVec floats, read once); a step brings kS input rows, of which
 // each element is read once, converted once and added to every output that it touches, so
 // kLive = ceil(kK / kS) output rows are being summed at a time; input of the next kAhead steps.
-// Row r = kS * t + j of step t meets output row t - d by window row kS * d + j, d < kLive; the sums of
-// output row o are in slot o % kLive, a compile-time index in the loop unrolled kLive times.
+// Row r = kS * t + j of step t meets output row t - d by window row kS * d + j, d < kLive; the sums
+// of output row o are in slot o % kLive, a compile-time index in the loop unrolled kLive times.
 // Shared memory: none.
-// Bound: device memory (2 x 2 or 4 bytes an output at stride 1, where 15 to 20 instructions an output
-// are about half of the issue slots).
+// Bound: device memory (2 x 2 or 4 bytes an output at stride 1, where 15 to 20 instructions an
+// output are about half of the issue slots).
 template <typename T, int kK, int kS, int kVec, int kWidth, int kAhead>
 __global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
   constexpr int kLive = (kK + kS - 1) / kS;
@@ -95,7 +93,8 @@ __global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
   const int left = x0 * kS - a.pad_left;
 
   const int64_t in_row = static_cast<int64_t>(a.width) * a.channels;
-  const T* next = static_cast<const T*>(a.input) + (image * static_cast<int64_t>(a.height) + top) * in_row +
+  const T* next = static_cast<const T*>(a.input) +
+                  (image * static_cast<int64_t>(a.height) + top) * in_row +
                   static_cast<int64_t>(left) * a.channels + channel;
   T* out = static_cast<T*>(a.output) +
            ((image * static_cast<int64_t>(a.out_h) + y0) * a.out_w + x0) * a.channels + channel;
@@ -111,7 +110,8 @@ __global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
   int next_row = 0;  // of the run's input rows; `next` points at it
   auto load_column = [&](int column, int j) {
     const int r = next_row + j;
-    const bool in_rows = r < needed && static_cast<unsigned>(top + r) < static_cast<unsigned>(a.height);
+    const bool in_rows =
+        r < needed && static_cast<unsigned>(top + r) < static_cast<unsigned>(a.height);
     return load_word<T, kVec>(next + j * in_row + static_cast<int64_t>(column) * a.channels,
                               in_rows && in_column[column]);
   };
@@ -141,7 +141,8 @@ __global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
     }
   }
   float bias[kVec];
-  unpack<T, kVec>(load_word<T, kVec>(static_cast<const T*>(a.bias) + channel, a.bias != nullptr), bias);
+  unpack<T, kVec>(load_word<T, kVec>(static_cast<const T*>(a.bias) + channel, a.bias != nullptr),
+                  bias);
 
   float sum[kLive][kWidth][kVec];
 #pragma unroll
@@ -187,14 +188,15 @@ __global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
       next_row += kS;
       // 4b. The oldest row is complete; its slot starts anew.
       constexpr int kOldest = 1;
-      float(&done)[kWidth][kVec] = sum[(u + kOldest) % kLive];
+      float (&done)[kWidth][kVec] = sum[(u + kOldest) % kLive];
       if (t >= kLive - 1) {
 #pragma unroll
         for (int x = 0; x < kWidth; ++x) {
           float result[kVec];
 #pragma unroll
           for (int v = 0; v < kVec; ++v) result[v] = apply(a.act, done[x][v] + bias[v]);
-          if (x0 + x < a.out_w) store_floats<T, kVec>(out + static_cast<int64_t>(x) * a.channels, result);
+          if (x0 + x < a.out_w)
+            store_floats<T, kVec>(out + static_cast<int64_t>(x) * a.channels, result);
         }
         out += static_cast<int64_t>(a.out_w) * a.channels;
       }
@@ -211,8 +213,8 @@ __global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
 //
 // Model of the time of an SM, in steps of one thread: it works through `threads` threads in whole
 // blocks, each of rows + live - 1 steps after a start (indices, weights, first loads) worth kStart
-// steps; below kBusy threads it is latency that counts and fewer threads are no faster. Long runs read
-// the rows between runs less often; short ones spread a small batch over every SM.
+// steps; below kBusy threads it is latency that counts and fewer threads are no faster. Long runs
+// read the rows between runs less often; short ones spread a small batch over every SM.
 int choose_run_rows(int out_h, int64_t strips, int live, int sms) {
   constexpr int64_t kStart = 2, kBusy = 256, kLongest = 28;
   int best_rows = 1;
@@ -231,12 +233,11 @@ int choose_run_rows(int out_h, int64_t strips, int live, int sms) {
 }
 
 template <typename T, int kK, int kS, int kVec, int kWidth, int kAhead>
-cudaError_t launch_strip(const ConvParams& p, int run_rows, cudaStream_t stream) {
+cudaError_t launch_strip(const ConvParams& p, cudaStream_t stream) {
   const int64_t vectors = p.out_channels / kVec;
   const int64_t strips = ceil_div(p.out_w, kWidth);
-  if (run_rows <= 0) {
-    run_rows = choose_run_rows(p.out_h, p.batch * strips * vectors, (kK + kS - 1) / kS, sm_count());
-  }
+  const int run_rows =
+      choose_run_rows(p.out_h, p.batch * strips * vectors, (kK + kS - 1) / kS, sm_count());
   const int64_t runs = ceil_div(p.out_h, run_rows);
   const int64_t in_image = static_cast<int64_t>(p.height) * p.width * p.in_channels;
   const int64_t out_image = static_cast<int64_t>(p.out_h) * p.out_w * p.out_channels;
@@ -271,9 +272,9 @@ struct AnyArgs {
   Divider vectors, columns, rows;
 };
 
-// depthwise_any: any window, stride and dilation. A thread owns kVec channels of one output pixel and
-// walks the window; items are numbered channel vector first. Shared memory: none. Bound: L1 (every
-// input element is read kh * kw times).
+// depthwise_any: any window, stride and dilation. A thread owns kVec channels of one output pixel
+// and walks the window; items are numbered channel vector first. Shared memory: none. Bound: L1
+// (every input element is read kh * kw times).
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads) depthwise_any(const AnyArgs a) {
   uint32_t item = blockIdx.x * kThreads + threadIdx.x;
@@ -309,12 +310,13 @@ __global__ void __launch_bounds__(kThreads) depthwise_any(const AnyArgs a) {
     }
   }
   float bias[kVec];
-  unpack<T, kVec>(load_word<T, kVec>(static_cast<const T*>(p.bias) + channel, p.bias != nullptr), bias);
+  unpack<T, kVec>(load_word<T, kVec>(static_cast<const T*>(p.bias) + channel, p.bias != nullptr),
+                  bias);
 #pragma unroll
   for (int v = 0; v < kVec; ++v) sum[v] = apply(p.act, sum[v] + bias[v]);
-  store_floats<T, kVec>(static_cast<T*>(p.output) +
-                          ((image * p.out_h + y) * p.out_w + x) * p.out_channels + channel,
-                      sum);
+  store_floats<T, kVec>(
+      static_cast<T*>(p.output) + ((image * p.out_h + y) * p.out_w + x) * p.out_channels + channel,
+      sum);
 }
 
 template <typename T, int kVec>
@@ -340,7 +342,7 @@ cudaError_t launch_any(const ConvParams& p, cudaStream_t stream) {
 template <typename T, int kK, int kS>
 cudaError_t launch_shape(const ConvParams& p, cudaStream_t stream) {
   using Shape = StripShape<T, kK, kS>;
-  return launch_strip<T, kK, kS, Shape::kVec, Shape::kWidth, Shape::kAhead>(p, 0, stream);
+  return launch_strip<T, kK, kS, Shape::kVec, Shape::kWidth, Shape::kAhead>(p, stream);
 }
 
 }  // namespace

@@ -43,8 +43,9 @@ cudaError_t launch(const Im2colParams& p, cudaStream_t stream) {
     part.batch = p.batch - first < images_per_launch ? p.batch - first : images_per_launch;
     part.input = static_cast<const Word*>(p.input) + first * p.in_stride_n;
     part.output = static_cast<Word*>(p.output) + first * rows_per_image * p.out_h * p.out_w;
-    im2col_kernel<Word><<<unsigned(part.batch * rows_per_image * blocks_per_row), kBlock, 0,
-                          stream>>>(part, blocks_per_row);
+    im2col_kernel<Word>
+        <<<unsigned(part.batch * rows_per_image * blocks_per_row), kBlock, 0, stream>>>(
+            part, blocks_per_row);
   }
   return cudaGetLastError();
 }

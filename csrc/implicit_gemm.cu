@@ -1,5 +1,5 @@
-// conv_implicit_gemm of kernels.h: any convolution as a product of its windows, which are gathered on
-// the way to shared memory and never written to device memory.
+// conv_implicit_gemm of kernels.h: any convolution as a product of its windows, which are gathered
+// on the way to shared memory and never written to device memory.
 #include "product.cuh"
 
 namespace torch_mbv2 {
@@ -37,8 +37,9 @@ cudaError_t conv_implicit_gemm(const ConvParams& p, cudaStream_t stream) {
   return dispatch(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kV = kVecSize<T>;
-    const bool vectors = p.in_channels / p.groups % kV == 0 && p.out_channels / p.groups % kV == 0 &&
-                         p.in_stride_c == 1 && p.in_stride_w % kV == 0 && p.in_stride_h % kV == 0 &&
+    const bool vectors = p.in_channels / p.groups % kV == 0 &&
+                         p.out_channels / p.groups % kV == 0 && p.in_stride_c == 1 &&
+                         p.in_stride_w % kV == 0 && p.in_stride_h % kV == 0 &&
                          p.in_stride_n % kV == 0 && is_aligned16(p.input) &&
                          is_aligned16(p.weight) && is_aligned16(p.output);
     return vectors ? run<T, true>(p, stream) : run<T, false>(p, stream);

@@ -39,7 +39,8 @@ cudaError_t gemm(const GemmParams& p, cudaStream_t stream);
 
 // 2-D convolution. Weight layouts: conv_implicit_gemm (out_channels, kernel_h, kernel_w,
 // in_channels / groups); conv_depthwise (channels, kernel_h, kernel_w).
-// Bottom and right padding follow from out_h and out_w: input outside [0, height) x [0, width) is 0.
+// Bottom and right padding follow from out_h and out_w: input outside [0, height) x [0, width) is
+// 0.
 struct ConvParams {
   const void* input;
   const void* weight;
@@ -53,8 +54,8 @@ struct ConvParams {
   int pad_top, pad_left;
   int dilation_h, dilation_w;
   int groups;
-  // Element strides of the input; offsets within one image are below 2^31. conv_depthwise needs dense
-  // NHWC; conv_implicit_gemm takes any, and is fast where in_stride_c == 1.
+  // Element strides of the input; offsets within one image are below 2^31. conv_depthwise needs
+  // dense NHWC; conv_implicit_gemm takes any, and is fast where in_stride_c == 1.
   int64_t in_stride_n;
   int in_stride_h, in_stride_w, in_stride_c;
   Clamp act;
@@ -64,15 +65,15 @@ cudaError_t conv_implicit_gemm(const ConvParams& p, cudaStream_t stream);
 // in_channels == out_channels == groups.
 cudaError_t conv_depthwise(const ConvParams& p, cudaStream_t stream);
 
-// F(2x2, 3x3) Winograd convolution (Lavin and Gray 2016): stride 1, dilation 1, groups 1, dense NHWC
-// input, weight (out_channels, 3, 3, in_channels). Transforms and products are float32 in every
-// dtype. `workspace` holds conv_winograd_workspace(p) bytes, 16-byte aligned.
+// F(2x2, 3x3) Winograd convolution (Lavin and Gray 2016): stride 1, dilation 1, groups 1, dense
+// NHWC input, weight (out_channels, 3, 3, in_channels). Transforms and products are float32 in
+// every dtype. `workspace` holds conv_winograd_workspace(p) bytes, 16-byte aligned.
 int64_t conv_winograd_workspace(const ConvParams& p);
 cudaError_t conv_winograd(const ConvParams& p, void* workspace, cudaStream_t stream);
 
-// Average pooling. The window of output row i is rows [i * stride_h - pad_h, ... + kernel_h), cut to
-// the input; the divisor is `divisor_override` if not 0, else the window's size cut to the padded
-// input (count_include_pad) or to the input.
+// Average pooling. The window of output row i is rows [i * stride_h - pad_h, ... + kernel_h), cut
+// to the input; the divisor is `divisor_override` if not 0, else the window's size cut to the
+// padded input (count_include_pad) or to the input.
 struct PoolParams {
   const void* input;  // NHWC, dense
   void* output;       // NHWC, dense
@@ -110,8 +111,8 @@ struct AddParams {
 };
 cudaError_t add(const AddParams& p, cudaStream_t stream);
 
-// output[n, c * kernel_h * kernel_w + i * kernel_w + j, oh * out_w + ow], as F.unfold; the input may
-// have any element strides.
+// output[n, c * kernel_h * kernel_w + i * kernel_w + j, oh * out_w + ow], as F.unfold; the input
+// may have any element strides.
 struct Im2colParams {
   const void* input;
   void* output;  // (batch, channels * kernel_h * kernel_w, out_h * out_w), dense

@@ -1,17 +1,18 @@
-// Average pooling, NHWC. Both kernels accumulate in float32 and round once; both are bound by device
-// memory.
+// Average pooling, NHWC. Both kernels accumulate in float32 and round once; both are bound by
+// device memory.
 #include "common.cuh"
 
 namespace torch_mbv2 {
 namespace {
 
-constexpr int kLanes = 32;   // channel vectors of a block of global_pool
-constexpr int kSplits = 8;   // shares of the pixels of a block of global_pool
-constexpr int kRun = 16;     // pixels summed before they join the sum, for the sake of its rounding
+constexpr int kLanes = 32;  // channel vectors of a block of global_pool
+constexpr int kSplits = 8;  // shares of the pixels of a block of global_pool
+constexpr int kRun = 16;    // pixels summed before they join the sum, for the sake of its rounding
 
 // output[n, c] = mean over pixels of input[n, pixel, c].
 //
-// A block owns one image and kLanes vectors of kV channels; thread (x, y) sums pixels y, y + kSplits,
+// A block owns one image and kLanes vectors of kV channels; thread (x, y) sums pixels y, y +
+// kSplits,
 // ... of vector x. Shared memory: float partial[kSplits][kLanes * kV], at most 8 KB; thread row 0
 // adds the kSplits partial sums in order, so that the result does not depend on timing.
 template <typename T, int kV>
@@ -75,8 +76,8 @@ __global__ void __launch_bounds__(256)
   const int bottom = min(h1, p.height), right = min(w1, p.width);
   int64_t divisor = p.divisor_override;
   if (divisor == 0) {
-    divisor = p.count_include_pad ? int64_t(h1 - h0) * (w1 - w0)
-                                  : int64_t(bottom - top) * (right - left);
+    divisor =
+        p.count_include_pad ? int64_t(h1 - h0) * (w1 - w0) : int64_t(bottom - top) * (right - left);
   }
 
   // 2. Its sum.

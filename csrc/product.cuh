@@ -2,9 +2,9 @@
 //
 //   output[z, m, n] = clamp(sum_k A[z, m, k] * weight[z, n, k] + bias[z, n])
 //
-// weight is (z, n, k), dense, k innermost; output has `pitch` elements from row to row. What A is, a
-// loader decides: rows of a matrix, or windows of an image gathered on the fly. z counts the products
-// of a batch, or the groups of a convolution.
+// weight is (z, n, k), dense, k innermost; output has `pitch` elements from row to row. What A is,
+// a loader decides: rows of a matrix, or windows of an image gathered on the fly. z counts the
+// products of a batch, or the groups of a convolution.
 //
 // Thin products (small n or k) are bound by device memory, wide ones by the tensor cores or FFMA.
 #pragma once
@@ -80,7 +80,7 @@ struct WindowLoader {
   };
 
   static Params params(const ConvParams& c) {
-    return {c, Divider(c.out_w), Divider(c.out_h), Divider(c.in_channels / c.groups),
+    return {c, Divider(c.out_w), Divider(c.out_h), Divider(std::max(c.in_channels / c.groups, 1)),
             Divider(c.kernel_w)};
   }
 
@@ -214,9 +214,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
     for (int i = 0; i < kRowsB; ++i) {
       const int row = first_row + i * kRowStep;
       if (Tile::kN % kRowStep == 0 || row < Tile::kN) {
-        WeightLoader::load(weight, weight_view,
-                           WeightLoader::row(weight, weight_view, z, n0 + row), z, k,
-                           weight_tile + swizzled<kPieces>(row, piece) * 8);
+        WeightLoader::load(weight, weight_view, WeightLoader::row(weight, weight_view, z, n0 + row),
+                           z, k, weight_tile + swizzled<kPieces>(row, piece) * 8);
       }
     }
   };
@@ -239,14 +238,13 @@ __global__ void __launch_bounds__(Tile::kThreads)
     for (int s = 0; s < Tile::kK / 16 / Tile::kSplits; ++s) {
       const int first_piece = (s * Tile::kSplits + split) * 2;
       uint32_t fragment[4];
-      load_matrices(fragment, tile + 16 * swizzled<kPieces>(warp_row + lane % 16,
-                                                            first_piece + lane / 16));
+      load_matrices(fragment,
+                    tile + 16 * swizzled<kPieces>(warp_row + lane % 16, first_piece + lane / 16));
 #pragma unroll
       for (int j = 0; j < Tile::kN / 16; ++j) {
         uint32_t b[4];
-        load_matrices(b, weight_tile + 16 * swizzled<kPieces>(
-                                                j * 16 + lane / 16 * 8 + lane % 8,
-                                                first_piece + lane / 8 % 2));
+        load_matrices(b, weight_tile + 16 * swizzled<kPieces>(j * 16 + lane / 16 * 8 + lane % 8,
+                                                              first_piece + lane / 8 % 2));
         mma<T>(acc[2 * j], fragment, b[0], b[1]);
         mma<T>(acc[2 * j + 1], fragment, b[2], b[3]);
       }
@@ -337,7 +335,7 @@ struct FloatTile {
   static constexpr int kGroup = kColumnThreads * kRowThreads;
   static constexpr int kThreads = kGroup * kSplits;
   static constexpr int kMinBlocks = kSplits > 1 ? 2 : 1;  // on a multiprocessor
-  static constexpr int kPitch = kK + 4;                   // rows 16 bytes apart in banks: no conflicts
+  static constexpr int kPitch = kK + 4;  // rows 16 bytes apart in banks: no conflicts
   static constexpr int kStageBytes = (kM + kN) * kPitch * 4;
   static constexpr int kPartialBytes = (kSplits - 1) * kM * kN * 4;
   static int shared_bytes(int k) {
@@ -348,9 +346,10 @@ struct FloatTile {
 };
 
 // A block owns a kM x kN tile; thread (split, y, x) owns rows y + kRowThreads * i, i < kThreadRows,
-// and columns x + 8 * j, j < kN / 8, for its share of every stage's k. Both tiles lie in shared memory
-// as they do in device memory, k innermost, and are read 4 k at a time. Shared memory: kStages x { A
-// tile (kM x kPitch), weight tile (kN x kPitch) }; afterwards the partial sums of the other splits.
+// and columns x + 8 * j, j < kN / 8, for its share of every stage's k. Both tiles lie in shared
+// memory as they do in device memory, k innermost, and are read 4 k at a time. Shared memory:
+// kStages x { A tile (kM x kPitch), weight tile (kN x kPitch) }; afterwards the partial sums of the
+// other splits.
 template <typename Tile, typename Loader, bool kVectors>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     float_product(const __grid_constant__ ProductParams g,
@@ -383,8 +382,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     w.m = g.n;
     return w;
   }();
-  const typename WeightLoader::Params weight = {static_cast<const float*>(g.weight),
-                                                g.weight_step};
+  const typename WeightLoader::Params weight = {static_cast<const float*>(g.weight), g.weight_step};
 
   const int steps = ceil_div(g.k, Tile::kK);
   const auto load_stage = [&](int step) {
@@ -400,9 +398,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     for (int i = 0; i < kRowsB; ++i) {
       const int row = first_row + i * kRowStep;
       if (Tile::kN % kRowStep == 0 || row < Tile::kN) {
-        WeightLoader::load(weight, weight_view,
-                           WeightLoader::row(weight, weight_view, z, n0 + row), z, k,
-                           weight_tile + row * Tile::kPitch + piece * 4);
+        WeightLoader::load(weight, weight_view, WeightLoader::row(weight, weight_view, z, n0 + row),
+                           z, k, weight_tile + row * Tile::kPitch + piece * 4);
       }
     }
   };
@@ -429,8 +426,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       float4 left[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        left[i] = *reinterpret_cast<const float4*>(
-            tile + (y + Tile::kRowThreads * i) * Tile::kPitch + k);
+        left[i] =
+            *reinterpret_cast<const float4*>(tile + (y + Tile::kRowThreads * i) * Tile::kPitch + k);
       }
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
@@ -506,40 +503,41 @@ cudaError_t launch_product(Kernel kernel, int tile_m, int tile_n, int threads, i
   const int64_t blocks = ceil_div(g.m, int64_t(tile_m)) * g.n_tiles;
   if (blocks > INT32_MAX || z_count > 65535) return cudaErrorInvalidValue;
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
   kernel<<<dim3(unsigned(blocks), 1, z_count), threads, shared_bytes, stream>>>(g, a);
   return cudaGetLastError();
 }
 
-// The tiles compiled for a type. Tall ones for many rows: all or much of n at once, so that A is read
-// once. Small ones with split k for few rows, where the latency of one block is the time.
+// The tiles compiled for a type. Tall ones for many rows: all or much of n at once, so that A is
+// read once. Small ones with split k for few rows, where the latency of one block is the time.
 template <typename... TileTypes>
 struct TileList {};
 
-using HalfTiles = TileList<HalfTile<128, 16, 32, 1, 3>, HalfTile<128, 32, 32, 1, 3>,
-                           HalfTile<128, 64, 32, 1, 3>, HalfTile<128, 96, 32, 1, 3>,
-                           HalfTile<128, 48, 32, 1, 3>, HalfTile<64, 64, 64, 2, 3>,
-                           HalfTile<32, 32, 128, 4, 3>, HalfTile<16, 32, 128, 8, 3>>;
+using HalfTiles =
+    TileList<HalfTile<128, 16, 32, 1, 3>, HalfTile<128, 32, 32, 1, 3>, HalfTile<128, 64, 32, 1, 3>,
+             HalfTile<128, 96, 32, 1, 3>, HalfTile<128, 48, 32, 1, 3>, HalfTile<64, 64, 64, 2, 3>,
+             HalfTile<32, 32, 128, 4, 3>, HalfTile<16, 32, 128, 8, 3>>;
 // Windows are costly to gather: fewer tiles, and none that reads them often.
 using HalfWindowTiles =
     TileList<HalfTile<128, 32, 32, 1, 3>, HalfTile<128, 96, 32, 1, 3>, HalfTile<32, 32, 128, 4, 3>>;
 using FloatTiles =
     TileList<FloatTile<128, 64, 8, 1>, FloatTile<128, 32, 8, 1>, FloatTile<128, 16, 8, 1>,
              FloatTile<32, 32, 4, 4>, FloatTile<16, 32, 4, 8>, FloatTile<16, 16, 4, 8>>;
-using FloatWindowTiles = TileList<FloatTile<128, 64, 8, 1>, FloatTile<128, 32, 8, 1>,
-                                  FloatTile<32, 32, 4, 4>>;
+using FloatWindowTiles =
+    TileList<FloatTile<128, 64, 8, 1>, FloatTile<128, 32, 8, 1>, FloatTile<32, 32, 4, 4>>;
 // Single elements through registers: rare shapes, one tile for each type.
 using FloatElementTiles = TileList<FloatTile<128, 32, 8, 1>>;
 
 template <typename T, typename Loader, bool kVectors, typename... TileTypes>
 cudaError_t launch_from(TileList<TileTypes...>, const ProductParams& g,
                         const typename Loader::Params& a, int z_count, cudaStream_t stream) {
-  constexpr TileShape kShapes[] = {{TileTypes::kM, TileTypes::kN, TileTypes::kThreadRows, TileTypes::kSplits}...};
-  const int chosen = choose_tile(kShapes, sizeof...(TileTypes), g.m, g.n, g.k, z_count, sizeof(T),
-                                 sm_count());
+  constexpr TileShape kShapes[] = {
+      {TileTypes::kM, TileTypes::kN, TileTypes::kThreadRows, TileTypes::kSplits}...};
+  const int chosen =
+      choose_tile(kShapes, sizeof...(TileTypes), g.m, g.n, g.k, z_count, sizeof(T), sm_count());
   cudaError_t error = cudaErrorInvalidValue;
   int index = 0;
   const auto try_launch = [&](auto tile) {

@@ -7,8 +7,8 @@
 
 namespace torch_mbv2 {
 
-// One compiled tile: the rows and columns of the output that a block makes, how many rows one thread
-// makes of them (float32 only), and how many groups of threads share k.
+// One compiled tile: the rows and columns of the output that a block makes, how many rows one
+// thread makes of them (float32 only), and how many groups of threads share k.
 struct TileShape {
   int m, n, thread_rows, splits;
 };
@@ -16,8 +16,8 @@ struct TileShape {
 // What a product costs on a tile, in clocks, roughly. A block moves (m + n) * k elements and
 // multiplies m * n * k; all blocks on one multiprocessor share its bandwidth and its arithmetic. On
 // top come, once, the last block's chain of dependent products, shortened by splits, and the sum of
-// the splits. The constants were fitted to times of every tile on the layers of MobileNetV2 at batch
-// 1 to 256 on an H200: the choice costs 1 to 2 % of the time of the best tile on average.
+// the splits. The constants were fitted to times of every tile on the layers of MobileNetV2 at
+// batch 1 to 256 on an H200: the choice costs 1 to 2 % of the time of the best tile on average.
 inline double tile_cost(const TileShape& tile, int64_t m, int n, int k, int64_t batch,
                         int element_size, int multiprocessors) {
   const bool half = element_size == 2;
@@ -41,8 +41,7 @@ inline int choose_tile(const TileShape* tiles, int count, int64_t m, int n, int 
   int best = 0;
   double best_clocks = 0;
   for (int i = 0; i < count; ++i) {
-    const double clocks =
-        tile_cost(tiles[i], m, n, k, batch, element_size, multiprocessors);
+    const double clocks = tile_cost(tiles[i], m, n, k, batch, element_size, multiprocessors);
     if (i == 0 || clocks < best_clocks) {
       best = i;
       best_clocks = clocks;

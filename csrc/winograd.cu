@@ -3,8 +3,8 @@
 //
 //   Y = A^T [ sum over Cin of (G g G^T) * (B^T d B) ] A     (* elementwise)
 //
-// so 16 products do the work of 36. The 16 sums over Cin are 16 matrix products, one per position in
-// the transformed patch:
+// so 16 products do the work of 36. The 16 sums over Cin are 16 matrix products, one per position
+// in the transformed patch:
 //
 //   U[t, cout, cin] = (G g G^T)_t      V[t, tile, cin] = (B^T d B)_t
 //   M[t, tile, cout] = sum over cin of V[t, tile, cin] * U[t, cout, cin]          t < 16
@@ -23,8 +23,8 @@ constexpr int64_t kChunkBytes = int64_t(256) << 20;
 
 struct Plan {
   int tiles_h, tiles_w;
-  int64_t tiles;       // of the whole batch
-  int64_t chunk;       // tiles worked off at a time
+  int64_t tiles;                                     // of the whole batch
+  int64_t chunk;                                     // tiles worked off at a time
   int64_t weight_bytes, input_bytes, product_bytes;  // U, V and M of a chunk
 };
 
@@ -92,8 +92,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// V = B^T d B. A thread owns one channel of one tile, channels innermost; outside of the image is 0.
-// Bound: device memory (each input element is read 4 times, mostly from cache, and written 4 times).
+// V = B^T d B. A thread owns one channel of one tile, channels innermost; outside of the image is
+// 0. Bound: device memory (each input element is read 4 times, mostly from cache, and written 4
+// times).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) transform_input(const __grid_constant__ TileArgs a) {
   const ConvParams& p = a.conv;
@@ -135,8 +136,8 @@ __global__ void __launch_bounds__(kThreads) transform_input(const __grid_constan
   }
 }
 
-// Y = A^T m A, bias, activation, one rounding. A thread owns one output channel of one tile; outputs
-// beyond an odd edge are dropped. Bound: device memory (16 floats read for 4 outputs).
+// Y = A^T m A, bias, activation, one rounding. A thread owns one output channel of one tile;
+// outputs beyond an odd edge are dropped. Bound: device memory (16 floats read for 4 outputs).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) transform_output(const __grid_constant__ TileArgs a) {
   const ConvParams& p = a.conv;
@@ -201,8 +202,16 @@ cudaError_t conv_winograd(const ConvParams& p, void* workspace, cudaStream_t str
         transform_input<T><<<blocks_of(count * p.in_channels), kThreads, 0, stream>>>(args);
       }
       constexpr float kInfinity = INFINITY;
-      const cudaError_t error = gemm({v, u, nullptr, m, count, p.out_channels, p.in_channels, 16,
-                                      {-kInfinity, kInfinity}, DType::kFloat32},
+      const cudaError_t error = gemm({v,
+                                      u,
+                                      nullptr,
+                                      m,
+                                      count,
+                                      p.out_channels,
+                                      p.in_channels,
+                                      16,
+                                      {-kInfinity, kInfinity},
+                                      DType::kFloat32},
                                      stream);
       if (error != cudaSuccess) return error;
       args.transformed = m;

@@ -277,8 +277,9 @@ def conv2d(
     """2-D convolution with bias and activation in one kernel.
 
     Equivalent: `F.conv2d(F.pad(input, padding), weight, bias, stride, 0, dilation, groups)`
-    followed by the activation. Pointwise convolutions run as a tensor-core GEMM, depthwise ones as a
-    direct kernel, all others as an implicit GEMM.
+    followed by the activation. On CUDA, pointwise convolutions run as a GEMM, depthwise ones as a
+    direct kernel, dense float32 3 x 3 ones with 64 channels or more as `conv2d_winograd`, and all
+    others as an implicit GEMM.
 
     Args:
         input: (N, Cin, H, W), float32, float16 or bfloat16; channels_last is fastest.
@@ -372,8 +373,9 @@ def conv2d_winograd(
     """3 x 3 dense convolution of stride 1 by Winograd's F(2x2, 3x3): 2.25 times fewer products.
 
     Equivalent: `conv2d(input, weight, bias, padding=padding, activation=activation)`. Transforms
-    and products are in float32 for every dtype. Source: Lavin and Gray, "Fast Algorithms for
-    Convolutional Neural Networks", CVPR 2016, section 4.1.
+    and products are in float32 for every dtype. An input element that is infinite or NaN makes all
+    of the 2 x 2 output tiles NaN whose 4 x 4 patches hold it. Source: Lavin and Gray, "Fast
+    Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1.
 
     Args:
         input: (N, Cin, H, W), float32, float16 or bfloat16.
