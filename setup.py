@@ -95,9 +95,7 @@ def decide(
     elif cuda.split(".")[0] != torch_cuda.split(".")[0]:
         problem = f"the CUDA toolkit is {cuda}, but torch was built with CUDA {torch_cuda}"
     else:
-        return Plan(
-            True, "CUDA toolkit found", architectures(env, capabilities), str(home), cuda
-        )
+        return Plan(True, "CUDA toolkit found", architectures(env, capabilities), str(home), cuda)
     if wish == "1":
         raise SystemExit(f"torch_mbv2: TORCH_MBV2_CUDA=1, but {problem}")
     return Plan(False, problem, cuda=cuda)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import torch_mbv2
 
@@ -15,3 +16,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def exact_stock(monkeypatch):
+    """Stock convolutions without TF32, as float32 is compared with (matmuls default to that)."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

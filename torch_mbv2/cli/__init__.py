@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
+
+import torch
 
 from torch_mbv2.cli import bench, classify, info, output
 from torch_mbv2.errors import Error
@@ -44,7 +47,13 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(verb)
-        verb.add_argument("--json", metavar="FILE", help="also write everything to FILE as JSON")
+        verb.add_argument(
+            "--json",
+            nargs="?",
+            const=output.STDOUT,
+            metavar="FILE",
+            help="also write everything to FILE as JSON; without FILE, or for -, print only that",
+        )
         verb.set_defaults(run=module.run)
     return parser
 
@@ -61,11 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv: the arguments behind the program's name; those of the process by default.
     """
+    # A shell may have closed them (`>&-`).
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name must not stop the output
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = _parser().parse_args(argv)
+        args.command = shlex.join(["python", "-m", "torch_mbv2", *argv])
         output.check_json_path(args.json)
         status: int = args.run(args)
         sys.stdout.flush()
@@ -78,9 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has seen enough. Python would complain when it flushes stdout at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, torch.OutOfMemoryError):
+        return _fail("not enough memory: give smaller images or batches")
     except (Error, OSError) as error:
-        print(f"torch-mbv2: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return _fail(_one_line(error))
+
+
+def _fail(why: str) -> int:
+    print(f"torch-mbv2: error: {why}", file=sys.stderr)
+    return 2
 
 
 def _one_line(error: Error | OSError) -> str:

@@ -1,32 +1,31 @@
 """`bench`: how fast a patched model is against stock PyTorch, and whether both agree.
 
-`--json FILE` writes
+Every contender runs eager and, on a GPU, as a CUDA graph; all take turns, in one process. `--json`
+writes
 
-    {"schema": 1, "verb": "bench", "date": ISO 8601 in UTC, "args": {every argument},
-     "device": "cpu" | "cuda",
-     "environment": {"gpus", "driver", "cpu", "threads", "torch", "cuda", "cudnn", "commit", ...},
-     "kernels": {"available", "why_not_available", "archs", "build"},
-     "settings": {"tf32", "cudnn_benchmark", "caches", "images"},
+    {"schema": 1, "verb": "bench", "command", "date": ISO 8601 in UTC, "device": "cpu" | "cuda",
+     "environment", "kernels": as `info` writes them,
+     "settings": {"tf32", "cudnn_benchmark", "caches", "images", "rounds", "min_time_s"},
      "model": {"name", "weights", "pretrained", "input": [H, W]},
      "report": {"summary", "note"},
      "agree": whether every patched row agrees,
-     "rows": [one for each dtype, batch, contender and mode]}
+     "rows": [one for each dtype, batch, mode and contender]}
 
 and a row is
 
-    {"dtype", "batch", "contender": "stock" | "stock channels_last folded" | "patched",
-     "mode": "eager" | "graph", "median_ms", "p10_ms", "p90_ms", "images_per_s",
-     "rounds", "calls": calls that a sample is the mean of,
-     "speedup": median of the fastest stock contender of the same mode / this median,
-     "memory_mib": GPU memory at the peak of a call, weights included and the input not; null on a
-         CPU,
+    {"dtype", "batch", "mode": "eager" | "graph",
+     "contender": "stock" | "stock channels_last folded" | "patched",
+     "median_ms", "p25_ms", "p75_ms", "images_per_s",
+     "calls": calls that a sample is the mean of,
+     "ratio": median of stock channels_last folded in the same mode / this median,
+     "ratio_stock": median of plain stock in the same mode / this median,
      "relative_l2", "max_abs": error of the logits against float64,
-     "error_ratio": relative_l2 / that of plain eager stock, neither taken for less than one rounding,
+     "error_ratio": relative_l2 / that of plain eager stock, neither taken for less than a rounding,
      "top1_differs": images whose top-1 is not plain eager stock's, near ties aside,
-     "near_ties": images where it is not, but whose two classes are closer than rounding can tell,
+     "near_ties": images where it is not, but rounding cannot tell the classes apart,
      "agrees": null for stock}
 
-or, where a model cannot be captured into a CUDA graph, {"dtype", "batch", "contender", "mode",
+or, where a model cannot be captured into a CUDA graph, {"dtype", "batch", "mode", "contender",
 "skipped": why}.
 """
 
@@ -34,11 +33,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -77,10 +76,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(models.DTYPES)}; default: float32, on a GPU float32,float16",
     )
     parser.add_argument(
-        "--resolution", type=int, metavar="N", help="height and width; default: the model's"
+        "--resolution",
+        type=models.image_size,
+        metavar="N",
+        help="height and width; default: the model's",
     )
     parser.add_argument(
-        "--rounds", type=_positive, default=20, help="samples of each contender; default: 20"
+        "--rounds",
+        type=models.positive,
+        default=20,
+        metavar="N",
+        help="samples of each contender; default: 20",
     )
     parser.add_argument(
         "--min-time",
@@ -89,13 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that a sample lasts at least, by repeating the call; default: 0.02",
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.strip().isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
-    return number
 
 
 def _seconds(text: str) -> float:
@@ -109,7 +108,7 @@ def _seconds(text: str) -> float:
 
 
 def _batches(text: str) -> list[int]:
-    return list(dict.fromkeys(_positive(part) for part in text.split(",")))
+    return list(dict.fromkeys(models.positive(part) for part in text.split(",")))
 
 
 def _dtypes(text: str) -> list[str]:
@@ -134,61 +133,51 @@ def run(args: argparse.Namespace) -> int:
             f"--batches: the model takes batches of {model.batch} only; export it with a batch of "
             "any size to time others"
         )
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     rows: list[dict[str, Any]] = []
     rounds = len(dtypes) * len(batches) * args.rounds
-    with _settings(), output.progress("warming up", rounds) as advance:
+    with exact_settings(), output.progress("warming up", rounds) as advance:
         for dtype in dtypes:
             contenders = _contenders(model.to(device, models.DTYPES[dtype]))
-            summary = report(contenders[PATCHED].module)
+            summary = report(contenders[PATCHED])
             images = _images(model.size, max(batches)).to(device, models.DTYPES[dtype])
-            reference = _reference(contenders[STOCK].module, images, model.batch)
+            reference = _reference(contenders[STOCK], images, model.batch)
             for batch in batches:
                 rows += _bench(
                     contenders, images, reference, batch, args.rounds, args.min_time, advance
                 )
-            del contenders
-            _release()
-    disagreements = [row for row in rows if row.get("agrees") is False]
-    environment = info.environment()
-    output.write_json(
-        args.json,
-        {
-            "schema": 1,
-            "verb": "bench",
-            "date": started,
-            "args": {key: value for key, value in vars(args).items() if key != "run"},
-            "device": device.type,
-            "environment": environment,
-            "kernels": info.kernels(),
-            "settings": {
-                "tf32": False,
-                "cudnn_benchmark": True,
-                "caches": "warm: every call reads the same input and weights",
-                "images": f"normal noise, {_DISTINCT} different ones at most",
-            },
-            "model": {
-                "name": model.info.name,
-                "weights": model.info.weights,
-                "pretrained": model.info.pretrained,
-                "input": list(model.size),
-            },
-            "report": {"summary": summary.summary(), "note": summary.note},
-            "agree": not disagreements,
-            "rows": rows,
+    result = {
+        "schema": 1,
+        "verb": "bench",
+        "command": args.command,
+        "date": date,
+        "device": device.type,
+        "environment": info.environment(),
+        "kernels": info.kernels(),
+        "settings": {
+            "tf32": False,
+            "cudnn_benchmark": True,
+            "caches": "warm: every call reads the same input and weights",
+            "images": f"normal noise, {_DISTINCT} different ones at most",
+            "rounds": args.rounds,
+            "min_time_s": args.min_time,
         },
-    )
-    _print_header(device, environment, f"{model.info.name}, {model.info.weights}", args.rounds)
-    print(f"patched: {summary.summary()}" + (f"; {summary.note}" if summary.note else ""))
-    print()
-    _print_rows(rows, device)
-    for row in disagreements:
-        print(f"DISAGREES: {_disagreement(row)}")
-    return 1 if disagreements else 0
+        "model": {
+            "name": model.info.name,
+            "weights": model.info.weights,
+            "pretrained": model.info.pretrained,
+            "input": list(model.size),
+        },
+        "report": {"summary": summary.summary(), "note": summary.note},
+        "agree": all(row.get("agrees") is not False for row in rows),
+        "rows": rows,
+    }
+    output.emit(args.json, result, lambda: _print(result))
+    return 0 if result["agree"] else 1
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def exact_settings() -> Iterator[None]:
     """Stock at its best that is still exact: cuDNN tries its algorithms, and TF32 is off."""
     wanted = (
         (torch.backends.cudnn, "benchmark", True),
@@ -205,57 +194,29 @@ def _settings() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-# ------------------------------------------------------------------------------------ contenders
+# ---------------------------------------------------------------------------------------- timing
 
 
-@dataclass
-class _Contender:
-    """A model on its device, and the GPU memory that it holds by itself."""
-
-    module: nn.Module
-    held: int
-    channels_last: bool
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Entry:
-    """A contender in one mode, at one batch size: what is timed, and what it computed."""
+    """A contender in one mode, at one batch size: what is timed, and what it has computed last."""
 
     contender: str
     mode: str
     call: Callable[[], Any]
-    logits: Tensor
-    memory: int
-    keep: list[Any] = field(default_factory=list)  # tensors at the addresses that a graph knows
+    logits: Callable[[], Tensor]
 
 
-def _contenders(stock: nn.Module) -> dict[str, _Contender]:
+def _contenders(stock: nn.Module) -> dict[str, nn.Module]:
     """The stock model, the strongest form of it that needs no other library, and the patched one.
 
     The latter two get their images in channels_last, as in a model that works in it throughout.
     """
-    device = next(iter(stock.state_dict().values())).device
-    size = sum(tensor.nbytes for tensor in stock.state_dict().values())
-    found = {STOCK: _Contender(stock, size if device.type == "cuda" else 0, False)}
-    for name, build in (
-        (FOLDED, lambda: fold_norms(stock).to(memory_format=torch.channels_last)),
-        (PATCHED, lambda: patch(stock)),
-    ):
-        before = _allocated(device)
-        module = build()
-        _release()
-        found[name] = _Contender(module, _allocated(device) - before, True)
-    return found
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return {
+        STOCK: stock,
+        FOLDED: fold_norms(stock).to(memory_format=torch.channels_last),
+        PATCHED: patch(stock),
+    }
 
 
 def _images(size: tuple[int, int], largest_batch: int) -> Tensor:
@@ -270,11 +231,8 @@ def _reference(stock: nn.Module, images: Tensor, batch: int | None) -> Tensor:
     return models.scores(exact, images.double(), batch).cpu()
 
 
-# ---------------------------------------------------------------------------------------- timing
-
-
 def _bench(
-    contenders: dict[str, _Contender],
+    contenders: dict[str, nn.Module],
     images: Tensor,
     reference: Tensor,
     batch: int,
@@ -284,86 +242,69 @@ def _bench(
 ) -> list[dict[str, Any]]:
     """The rows of one dtype and one batch size."""
     repeat = torch.arange(batch) % len(images)
-    common = {"dtype": str(images.dtype).removeprefix("torch."), "batch": batch}
+    dtype = str(images.dtype).removeprefix("torch.")
+    common = {"dtype": dtype, "batch": batch}
     nchw = images[repeat.to(images.device)]
     nhwc = nchw.contiguous(memory_format=torch.channels_last)
     entries: list[_Entry] = []
     rows: list[dict[str, Any]] = []
     try:
         with torch.inference_mode():
-            for name, contender in contenders.items():
-                x = nhwc if contender.channels_last else nchw
-                entries.append(_eager(name, contender, x))
-                if images.device.type == "cuda":
-                    try:
-                        entries.append(_graph(name, contender, x))
-                    except torch.OutOfMemoryError:
-                        raise
-                    except RuntimeError as error:
-                        why = f"cannot be captured: {str(error).splitlines()[0]}"
-                        skipped = {"contender": name, "mode": GRAPH, "skipped": why}
-                        rows.append({**common, **skipped})
+            for name, module in contenders.items():
+                x = nchw if name == STOCK else nhwc
+                models.scores(module, x)  # warms up, and complains about what is no classifier
+                call = functools.partial(module, x)
+                entries.append(_Entry(name, EAGER, call, call))
+            for eager in list(entries) if images.is_cuda else ():
+                name = eager.contender
+                try:
+                    replay, logits = testing.capture(eager.call)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    first = next(iter(str(error).splitlines()), type(error).__name__)
+                    why = f"cannot be captured: {first}"
+                    rows.append({**common, "mode": GRAPH, "contender": name, "skipped": why})
+                else:
+                    # A replay writes its logits to where the graph was captured.
+                    entries.append(_Entry(name, GRAPH, replay, logits.clone))
             timings = testing.time_interleaved(
-                {str(index): entry.call for index, entry in enumerate(entries)},
+                {f"{entry.mode} {entry.contender}": entry.call for entry in entries},
                 images.device,
                 rounds=rounds,
                 min_time=min_time,
-                on_round=lambda: advance(f"{common['dtype']}, batch {batch}"),
+                on_round=lambda: advance(f"{dtype}, batch {batch}"),
             )
+            found = [entry.logits().cpu() for entry in entries]
     except torch.OutOfMemoryError:
         raise Error(
-            f"not enough GPU memory for batch {batch} in {common['dtype']}: give smaller --batches"
+            f"not enough GPU memory for batch {batch} in {dtype}: give smaller --batches"
         ) from None
-    measured = sorted(
-        zip(entries, timings.values(), strict=True), key=lambda pair: pair[0].mode == GRAPH
-    )
-    fastest = {
-        mode: min(
-            (t.median for e, t in measured if e.mode == mode and e.contender != PATCHED),
-            default=math.nan,
-        )
-        for mode in (EAGER, GRAPH)
+    medians = {
+        (entry.mode, entry.contender): timing.median
+        for entry, timing in zip(entries, timings.values(), strict=True)
     }
     expected = reference[repeat]
-    for entry, timing in measured:
+    for entry, timing, logits in zip(entries, timings.values(), found, strict=True):
+        judged = agreement(logits, found[0], expected)
+        if entry.contender != PATCHED:
+            judged["agrees"] = None
         rows.append(
             {
                 **common,
-                "contender": entry.contender,
                 "mode": entry.mode,
+                "contender": entry.contender,
                 "median_ms": 1e3 * timing.median,
-                "p10_ms": 1e3 * timing.p10,
-                "p90_ms": 1e3 * timing.p90,
+                "p25_ms": 1e3 * timing.quantile(0.25),
+                "p75_ms": 1e3 * timing.quantile(0.75),
                 "images_per_s": batch / timing.median,
-                "rounds": len(timing.samples),
                 "calls": timing.calls,
-                "speedup": fastest[entry.mode] / timing.median,
-                "memory_mib": entry.memory / 2**20 if images.is_cuda else None,
-                **agreement(entry.logits, entries[0].logits, expected),
+                "ratio": medians.get((entry.mode, FOLDED), math.nan) / timing.median,
+                "ratio_stock": medians.get((entry.mode, STOCK), math.nan) / timing.median,
+                **judged,
             }
         )
-        if entry.contender != PATCHED:
-            rows[-1]["agrees"] = None
     return rows
-
-
-def _eager(name: str, contender: _Contender, x: Tensor) -> _Entry:
-    logits = models.scores(contender.module, x)  # also warms up
-    before = _allocated(x.device)
-    if x.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    contender.module(x)
-    peak = torch.cuda.max_memory_allocated() - before if x.is_cuda else 0
-    return _Entry(name, EAGER, lambda: contender.module(x), logits.cpu(), contender.held + peak)
-
-
-def _graph(name: str, contender: _Contender, x: Tensor) -> _Entry:
-    before = _allocated(x.device)
-    torch.cuda.reset_peak_memory_stats()
-    replay, logits = testing.capture(lambda: contender.module(x))
-    peak = torch.cuda.max_memory_allocated() - before
-    replay()
-    return _Entry(name, GRAPH, replay, logits.cpu(), contender.held + peak, [x, logits])
 
 
 # ------------------------------------------------------------------------------------- agreement
@@ -398,65 +339,64 @@ def agreement(logits: Tensor, stock: Tensor, expected: Tensor) -> dict[str, Any]
     }
 
 
-def _disagreement(row: dict[str, Any]) -> str:
-    where = f"{row['dtype']}, batch {row['batch']}, {row['mode']}"
-    if math.isnan(row["error_ratio"]):
-        return f"{where}: the logits of stock or patched are not finite"
-    return (
-        f"{where}: relative L2 error {row['relative_l2']:.2e}, {row['error_ratio']:.2f} times "
-        f"stock's (allowed {testing.ERROR_RATIO}); top-1 differs in {row['top1_differs']} images"
-    )
-
-
 # ---------------------------------------------------------------------------------------- output
 
 
-def _print_header(
-    device: torch.device, environment: dict[str, Any], model: str, rounds: int
-) -> None:
-    if device.type == "cuda":
+def _print(result: dict[str, Any]) -> None:
+    found, model, summary = result["environment"], result["model"], result["report"]
+    if result["device"] == "cuda":
         machine = (
-            f"{torch.cuda.get_device_name()}, driver {environment['driver']}, "
-            f"CUDA {environment['cuda']}, cuDNN {environment['cudnn']}"
+            f"{found['gpus'][0]['name']}, driver {found['driver']}, "
+            f"CUDA {found['cuda']}, cuDNN {found['cudnn']}"
         )
-        settings = "CUDA events; TF32 off, cudnn.benchmark on"
+        clock = "CUDA events; TF32 off, cudnn.benchmark on"
     else:
-        machine = f"{environment['cpu']}, {environment['threads']} threads"
-        settings = "wall time"
-    print(model)
-    print(f"{machine}, torch {environment['torch']}, commit {environment['commit'] or 'unknown'}")
+        machine = f"{found['cpu']}, {found['threads']} threads"
+        clock = "wall time"
+    print(f"{model['name']}, {model['weights']}, input {model['input'][0]}x{model['input'][1]}")
+    print(f"{machine}, torch {found['torch']}, commit {found['commit'] or 'unknown'}")
     print(
-        f"{settings}; warm caches; {rounds} interleaved rounds; "
-        "speedup is over the fastest stock row of the same mode"
+        f"{clock}; warm caches; {result['settings']['rounds']} interleaved rounds; both ratios are "
+        "over rows of the same mode"
     )
-
-
-def _print_rows(rows: list[dict[str, Any]], device: torch.device) -> None:
-    columns = {
+    print(f"patched: {summary['summary']}" + f"; {summary['note']}" * bool(summary["note"]))
+    print()
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "dtype": lambda row: row["dtype"],
         "batch": lambda row: str(row["batch"]),
         "mode": lambda row: row["mode"],
         "contender": lambda row: row["contender"],
         "median ms": lambda row: f"{row['median_ms']:.3f}",
-        "p10": lambda row: f"{row['p10_ms']:.3f}",
-        "p90": lambda row: f"{row['p90_ms']:.3f}",
+        "25%": lambda row: f"{row['p25_ms']:.3f}",
+        "75%": lambda row: f"{row['p75_ms']:.3f}",
         "img/s": lambda row: f"{row['images_per_s']:.0f}",
-        "speedup": lambda row: f"{row['speedup']:.2f}x",
-        "MiB": lambda row: f"{row['memory_mib']:.0f}",
+        "vs stock": lambda row: f"{row['ratio_stock']:.2f}x",
+        "vs folded": lambda row: f"{row['ratio']:.2f}x",
         "error": lambda row: f"{row['relative_l2']:.1e}",
         "agrees": lambda row: {True: "yes", False: "NO", None: ""}[row["agrees"]],
     }
-    if device.type != "cuda":
-        del columns["MiB"]
-    timed = [row for row in rows if "skipped" not in row]
+    words = ("dtype", "mode", "contender", "agrees")
     output.print_table(
         list(columns),
-        [[render(row) for render in columns.values()] for row in timed],
-        numbers=("batch", "median ms", "p10", "p90", "img/s", "speedup", "MiB", "error"),
+        [
+            [render(row) for render in columns.values()]
+            for row in result["rows"]
+            if "skipped" not in row
+        ],
+        numbers=[name for name in columns if name not in words],
     )
-    for row in rows:
+    for row in result["rows"]:
+        where = f"{row['dtype']}, batch {row['batch']}, {row['mode']}"
         if "skipped" in row:
-            print(
-                f"skipped: {row['dtype']}, batch {row['batch']}, {row['contender']}, "
-                f"{row['mode']}: {row['skipped']}"
-            )
+            print(f"skipped: {where}, {row['contender']}: {row['skipped']}")
+        elif row["agrees"] is False:
+            print(f"DISAGREES: {where}: {_disagreement(row)}")
+
+
+def _disagreement(row: dict[str, Any]) -> str:
+    if math.isnan(row["error_ratio"]):
+        return "the logits of stock or patched are not finite"
+    return (
+        f"relative L2 error {row['relative_l2']:.2e}, {row['error_ratio']:.2f} times "
+        f"stock's (allowed {testing.ERROR_RATIO}); top-1 differs in {row['top1_differs']} images"
+    )

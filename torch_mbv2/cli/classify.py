@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stock", action="store_true", help="do not patch: stock PyTorch layers")
     parser.add_argument("--labels", metavar="FILE", help="names of the classes, one a line")
     parser.add_argument(
-        "--top", type=int, default=5, metavar="K", help="classes to show an image; default: 5"
+        "--top",
+        type=models.positive,
+        default=5,
+        metavar="K",
+        help="classes to show an image; default: 5",
     )
     images.add_arguments(parser)
 
@@ -44,8 +49,6 @@ def run(args: argparse.Namespace) -> int:
     "preprocessing": {"size", "mean", "std", "crop"}, "images": [{"path", "top": [{"class",
     "label", "probability"}]}]}; `label` is null without labels.
     """
-    if args.top < 1:
-        raise Error(f"--top must be at least 1, got {args.top}")
     device = models.device(args.device)
     labels = None if args.labels is None else read_labels(args.labels)
     model = models.load(args.model, args.size)
@@ -75,41 +78,37 @@ def run(args: argparse.Namespace) -> int:
                     )
                 rows.append({"path": path, "top": _top(row, args.top, labels)})
                 advance(Path(path).name)
-    output.write_json(
-        args.json,
-        {
-            "schema": 1,
-            "verb": "classify",
-            "model": args.model,
-            "weights": model.info.weights,
-            "patched": not args.stock,
-            "device": str(device),
-            "dtype": args.dtype,
-            "preprocessing": vars(preprocessing),
-            "images": rows,
-        },
-    )
-    output.print_table(
-        ("image", "probability", "class", "label"),
-        [
-            (
-                row["path"] if rank == 0 else "",
-                f"{entry['probability']:.4f}",
-                str(entry["class"]),
-                entry["label"] or "",
-            )
-            for row in rows
-            for rank, entry in enumerate(row["top"])
-        ],
-        numbers=("probability", "class"),
-    )
+    result = {
+        "schema": 1,
+        "verb": "classify",
+        "model": args.model,
+        "weights": model.info.weights,
+        "patched": not args.stock,
+        "device": str(device),
+        "dtype": args.dtype,
+        "preprocessing": vars(preprocessing),
+        "images": rows,
+    }
+    output.emit(args.json, result, lambda: _print(rows))
     if not model.info.pretrained:
         output.note(f"the weights are {model.info.weights}: these classes mean nothing")
     return 0
 
 
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    output.print_table(
+        ("image", "probability", "class", "label"),
+        [
+            (row["path"], f"{entry['probability']:.4f}", str(entry["class"]), entry["label"] or "")
+            for row in rows
+            for entry in row["top"]
+        ],
+        numbers=("probability", "class"),
+    )
+
+
 def read_labels(path: str) -> list[str]:
-    """The lines of a file, in UTF-8, without empty ones at its end. Raises Error for other files."""
+    """The lines of a UTF-8 file, without empty ones at its end. Raises Error for other files."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from torch_mbv2.cli import models
 from torch_mbv2.errors import Error
 from torch_mbv2.sources import ModelInfo
 
@@ -93,7 +95,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{name} of pixels in [0, 1]",
         )
     group.add_argument(
-        "--size", type=int, metavar="N", help="height and width of the input; default: the model's"
+        "--size",
+        type=models.image_size,
+        metavar="N",
+        help="height and width of the input; default: the model's",
     )
     group.add_argument(
         "--crop",
@@ -106,6 +111,8 @@ def from_args(args: argparse.Namespace, info: ModelInfo, size: tuple[int, int]) 
     """What the flags ask for, else what is known about the model, else ImageNet's."""
     if args.tf and (args.mean is not None or args.std is not None):
         raise Error("--tf is mean 0.5 and std 0.5: give it, or --mean and --std")
+    if not all(map(math.isfinite, [*(args.mean or ()), *(args.std or ())])):
+        raise Error("--mean and --std must be finite numbers")
     if args.std is not None and 0 in args.std:
         raise Error("--std: a standard deviation cannot be 0")
     if args.tf:

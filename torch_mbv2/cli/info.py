@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import platform
 import shutil
 import subprocess
@@ -28,10 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the environment; `--json` writes what `environment` and `kernels` return."""
-    found, built = environment(), kernels()
-    output.write_json(
-        args.json, {"schema": 1, "verb": "info", "environment": found, "kernels": built}
-    )
+    found = {"schema": 1, "verb": "info", "environment": environment(), "kernels": kernels()}
+    output.emit(args.json, found, lambda: _print(found["environment"], found["kernels"]))
+    return 0
+
+
+def _print(found: dict[str, Any], built: dict[str, Any]) -> None:
     gpus = [
         f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']:.0f} GiB"
         for gpu in found["gpus"]
@@ -48,12 +51,12 @@ def run(args: argparse.Namespace) -> int:
             "CUDA": found["cuda"] or "none: torch is a CPU-only build",
             "cuDNN": found["cudnn"] or "none",
             "torch_mbv2": found["torch_mbv2"] or "not installed, run from its source",
+            "commit": found["commit"] or "unknown",
             "kernels": "can run" if why is None else f"cannot run: {why}",
             "built for": ", ".join(built["archs"]) or "nothing",
             **{name: text or "not installed" for name, text in found["packages"].items()},
         }
     )
-    return 0
 
 
 def kernels() -> dict[str, Any]:
@@ -132,11 +135,12 @@ def driver_version() -> str | None:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the checkout that this package lies in, with "+" if files differ from it."""
+    """The commit of the checkout that this package lies in, with "+" if files differ from it; in a
+    copy without its history, what the variable TORCH_MBV2_COMMIT says."""
     here = str(Path(__file__).parent)
     # Installed into an environment inside some other repository, that one's commit says nothing.
     if _stdout("git", "-C", here, "ls-files", "--", Path(__file__).name) is None:
-        return None
+        return os.environ.get("TORCH_MBV2_COMMIT")
     head = _stdout("git", "-C", here, "rev-parse", "HEAD")
     changed = _stdout("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
     return head and head + ("+" if changed else "")

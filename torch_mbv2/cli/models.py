@@ -20,6 +20,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 _DEFAULT_SIZE = 224
+_LARGEST = 4096  # images beyond this only exhaust the memory
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def positive(text: str) -> int:
+    """The type of an argument that counts something: a whole number from 1 up."""
+    number = int(text) if text.strip().isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
+    return number
+
+
+def image_size(text: str) -> int:
+    """The type of an argument that is the height and width of images."""
+    number = positive(text)
+    if number > _LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {_LARGEST} pixels, got {text!r}")
+    return number
+
+
 def device(name: str) -> torch.device:
     """The device that `--device` names. Raises UnavailableError if it is not there."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -72,8 +89,6 @@ def load(spec: str, size: int | None = None) -> ImageModel:
     inputs = _count_inputs(module)
     if inputs != 1:
         raise ModelError(f"{spec}: the model must have one input, an image; it has {inputs}")
-    if size is not None and size < 1:
-        raise Error(f"the image size must be at least 1, got {size}")
     shape = info.input_shape
     if shape is None:
         channels = module.architecture.in_channels if isinstance(module, MobileNetV2) else None
@@ -110,7 +125,7 @@ def _run(module: nn.Module, images: Tensor, batch: int) -> Tensor:
     count = len(images)
     if count < batch:
         images = torch.cat([images, images[-1:].expand(batch - count, *images.shape[1:])])
-    shape = tuple(images.shape)
+    shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
     try:
         with torch.inference_mode():
             output = module(images)
@@ -119,7 +134,7 @@ def _run(module: nn.Module, images: Tensor, batch: int) -> Tensor:
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
-            f"the model cannot be run on {images.dtype} images of shape {shape}: {first}"
+            f"the model cannot be run on {dtype} images of shape {shape}: {first}"
         ) from error
     if not isinstance(output, Tensor):
         raise ModelError(

@@ -12,26 +12,32 @@ from typing import Any
 
 from torch_mbv2.errors import Error
 
+STDOUT = "-"
+"""The FILE of `--json` that is stdout."""
+
 
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()
 ) -> None:
     """Print rows of cells under the names of their columns; those in `numbers` align right."""
+    text = aligned(columns, rows, numbers)
     if sys.stdout.isatty():
         from rich import box
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
+        console = Console()
         table = Table(box=box.SIMPLE_HEAD)
         for column in columns:
-            justify = "right" if column in numbers else "left"
-            table.add_column(column, justify=justify, overflow="fold")
+            table.add_column(column, justify="right" if column in numbers else "left")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))  # Text: brackets are no markup
-        Console().print(table)
-        return
-    print(aligned(columns, rows, numbers))
+        # In a terminal that is too narrow rich would cut cells off; plain lines only wrap.
+        if max(map(len, text.splitlines())) + len(columns) + 1 <= console.width:
+            console.print(table)
+            return
+    print(text)
 
 
 def aligned(
@@ -77,21 +83,23 @@ def note(text: str) -> None:
 
 @contextmanager
 def progress(text: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on a terminal; yields the function that moves it on by one, saying why."""
-    if not sys.stdout.isatty():
+    """A progress bar where stderr is a terminal; yields what moves it on by one, saying why."""
+    if not sys.stderr.isatty():
         yield lambda text: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     shown = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    with Progress(*shown, TimeElapsedColumn(), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*shown, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task(text, total=total)
         yield lambda text: bar.update(task, advance=1, description=text)
 
 
 def check_json_path(path: str | None) -> None:
-    """Raise Error now, before any work is done, if `write_json` would fail later."""
-    if path is None:
+    """Raise Error now, before any work is done, if `emit` would fail later."""
+    if path in (None, STDOUT):
         return
     if Path(path).is_dir():
         raise Error(f"--json {path}: is a directory")
@@ -99,11 +107,16 @@ def check_json_path(path: str | None) -> None:
         raise Error(f"--json {path}: there is no directory {Path(path).parent}")
 
 
-def write_json(path: str | None, data: Mapping[str, Any]) -> None:
-    """Write `data` to the file `path`, if there is one; NaN and infinities become null."""
+def emit(path: str | None, data: Mapping[str, Any], show: Callable[[], None]) -> None:
+    """Write `data` as JSON to the file `path`, if there is one, and call `show` to print it for
+    people; or, if `path` is "-", print the JSON instead. NaN and infinities become null."""
+    text = json.dumps(_finite(data), indent=2, allow_nan=False)
+    if path == STDOUT:
+        print(text)
+        return
     if path is not None:
-        text = json.dumps(_finite(data), indent=2, allow_nan=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
+    show()
 
 
 def _finite(data: Any) -> Any:

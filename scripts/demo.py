@@ -1,0 +1,180 @@
+"""The main job from end to end, as `demo.sh` runs it: a model goes to ONNX and back, is patched,
+compared with stock PyTorch and ONNX Runtime, timed against stock, and classifies images.
+
+The exit status is 0, 1 if the models do not agree, or 2 for input that cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import torch_mbv2
+from torch_mbv2 import cli, testing
+from torch_mbv2.cli import bench, images, models
+from torch_mbv2.cli.models import ImageModel
+
+EXPORTS = Path(__file__).resolve().parents[1] / "build" / "demo"
+BATCH = 4
+# float32 over some 50 layers, summed in another order: 1e-4, as for a trained classifier, whose
+# largest logits are about 20; as much in proportion where they are larger.
+ABSOLUTE, RELATIVE = 1e-4, 5e-6
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo and return the exit status. argv: by default that of the process."""
+    parser = argparse.ArgumentParser(prog="demo.sh", description=__doc__.partition("\n\n")[0])
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default="torchvision:mobilenet_v2",
+        help="an ONNX file, torchvision:NAME or timm:NAME; default: torchvision:mobilenet_v2",
+    )
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="images to classify")
+    parser.add_argument("--tf", action="store_true", help="scale pixels to [-1, 1], as TensorFlow")
+    parser.add_argument("--labels", metavar="FILE", help="names of the classes, one a line")
+    args = parser.parse_args(argv)
+    try:
+        return _demo(args)
+    except KeyboardInterrupt:
+        return 130
+    except (torch_mbv2.Error, OSError) as error:
+        print(f"demo.sh: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _demo(args: argparse.Namespace) -> int:
+    _say(f"loading {args.model}")
+    stock = models.load(args.model)
+    print(f"weights: {stock.info.weights}")
+    path = Path(args.model)
+    if args.model.startswith(("torchvision:", "timm:")):
+        EXPORTS.mkdir(parents=True, exist_ok=True)
+        path = Path(os.path.relpath(EXPORTS / f"{stock.info.name}.onnx"))
+        _say(f"exporting it to {path} and loading that back")
+        _export(stock, path)
+        loaded = models.load(str(path))
+        print(f"{type(stock.module).__name__} -> {path} -> {type(loaded.module).__name__}")
+    else:
+        loaded = stock
+        print(f"{path} -> {type(loaded.module).__name__}")
+
+    device = models.device("auto")
+    _say(f"patching it, on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}")
+    patched = torch_mbv2.patch(loaded.to(device, torch.float32))
+    report = torch_mbv2.report(patched)
+    print(report.summary())
+    for row in report.stock:
+        print(f"stock: {row.name} ({row.kind}): {row.reason}")
+    if report.note:
+        print(f"kernels run as stock PyTorch operators here: {report.note}")
+
+    batch = _batch(args, stock)
+    _say(f"comparing stock, patched and ONNX Runtime in float32 on {_describe(args, batch)}")
+    if not _agree(stock, patched, path, batch, device):
+        return 1
+
+    _say("timing stock against patched, in turns")
+    batches = ["1,8", "1,32,256"][device.type == "cuda"] if stock.batch is None else stock.batch
+    status = cli.main(["bench", str(path), "--batches", str(batches), "--rounds", "10"])
+
+    if args.images and not status:
+        _say("classifying with the patched model")
+        flags = ["--tf"] * args.tf + (["--labels", args.labels] if args.labels else [])
+        status = cli.main(["classify", args.model, *args.images, "--top", "3", *flags])
+    return status
+
+
+def _say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def _export(model: ImageModel, path: Path) -> None:
+    """By the legacy exporter, whose files need nothing besides the package `onnx`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model.to(torch.device("cpu"), torch.float32),
+            (torch.zeros(1, 3, *model.size),),
+            str(path),
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
+            dynamo=False,
+        )
+
+
+def _batch(args: argparse.Namespace, model: ImageModel) -> Tensor:
+    """The images, or noise where there are none: (N, 3, H, W), float32."""
+    if not args.images:
+        noise = torch.Generator().manual_seed(0)
+        return torch.randn(model.batch or BATCH, 3, *model.size, generator=noise)
+    half = (0.5, 0.5, 0.5)
+    mean = half if args.tf else model.info.mean or images.IMAGENET_MEAN
+    std = half if args.tf else model.info.std or images.IMAGENET_STD
+    preprocessing = images.Preprocessing(model.size, mean, std)
+    return torch.stack([preprocessing.load(path) for path in args.images])
+
+
+def _describe(args: argparse.Namespace, batch: Tensor) -> str:
+    count = f"{len(batch)} image" + "s" * (len(batch) != 1)
+    return count + " of noise" * (not args.images)
+
+
+def _agree(
+    stock: ImageModel, patched: nn.Module, path: Path, batch: Tensor, device: torch.device
+) -> bool:
+    """Print how far the logits are apart and whether that is rounding."""
+    with bench.exact_settings():
+        logits = {
+            "ONNX Runtime": _onnx_runtime(path, batch, stock.batch),
+            "stock": models.scores(
+                stock.to(device, torch.float32), batch.to(device), stock.batch
+            ).cpu(),
+            "patched": models.scores(patched, batch.to(device), stock.batch).cpu(),
+        }
+    largest = float(logits["stock"].abs().max())
+    bound = max(ABSOLUTE, RELATIVE * largest)
+    agree = True
+    for one, other in (
+        ("stock", "patched"),
+        ("ONNX Runtime", "patched"),
+        ("ONNX Runtime", "stock"),
+    ):
+        difference = testing.max_abs(logits[one], logits[other])
+        within = difference <= bound
+        agree &= within
+        verdict = "agree" if within else "DISAGREE"
+        print(f"{one} and {other}: {verdict}, max difference {difference:.1e}, bound {bound:.0e}")
+    print(f"largest logit {largest:.2f}")
+    return agree
+
+
+def _onnx_runtime(path: Path, batch: Tensor, fixed: int | None) -> Tensor:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise torch_mbv2.UnavailableError(
+            "comparing with ONNX Runtime needs the package onnxruntime: "
+            "pip install 'torch-mbv2[onnx]'"
+        ) from None
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    class Runtime(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(None, {name: image.numpy()})[0])
+
+    return models.scores(Runtime(), batch, fixed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

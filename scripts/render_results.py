@@ -1,0 +1,114 @@
+"""Writes the tables of README.md between its markers from scripts/results/*.json, which
+`python -m torch_mbv2 bench MODEL --json FILE` makes. With --check it only says, by exit status 1,
+whether the README is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+START, END = "<!-- results -->", "<!-- /results -->"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Render, or check; the exit status. argv: by default that of the process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 if out of date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    parser.add_argument("--results", type=Path, default=ROOT / "scripts/results", metavar="DIR")
+    args = parser.parse_args(argv)
+    files = sorted(args.results.glob("*.json"))
+    if not files:
+        print(f"render_results: no *.json in {args.results}", file=sys.stderr)
+        return 2
+    text = args.readme.read_text(encoding="utf-8")
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        print(f"render_results: {args.readme} needs {START} and then {END}, once", file=sys.stderr)
+        return 2
+    tables = "\n\n".join(render(json.loads(path.read_text("utf-8"))) for path in files)
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    new = f"{before}{START}\n\n{tables}\n\n{END}{after}"
+    if args.check:
+        if new != text:
+            print(f"{args.readme} is out of date: run scripts/render_results.py", file=sys.stderr)
+        return int(new != text)
+    args.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+def render(result: dict[str, Any]) -> str:
+    """One result of `bench` as Markdown: where it ran, and a row for each dtype and batch size."""
+    cuda = result["device"] == "cuda"
+    mode = "graph" if cuda else "eager"
+    rows = {(r["dtype"], r["batch"], r["mode"], r["contender"]): r for r in result["rows"]}
+    lines = [
+        _heading(result),
+        "",
+        f"| dtype | batch | stock{', CUDA graph' * cuda} ms | patched{', CUDA graph' * cuda} ms "
+        "| patched img/s | ratio | ratio to plain stock eager | agrees |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for dtype, batch in dict.fromkeys(key[:2] for key in rows):
+        stock = rows[dtype, batch, mode, "stock channels_last folded"]
+        patched = rows[dtype, batch, mode, "patched"]
+        plain = rows[dtype, batch, "eager", "stock"]
+        cells = [dtype, str(batch), _time(stock), _time(patched)]
+        if "skipped" in patched:
+            cells += ["", "", "", patched["skipped"]]
+        else:
+            cells += [
+                f"{patched['images_per_s']:.0f}",
+                "" if patched["ratio"] is None else f"**{patched['ratio']:.2f}x**",
+                f"{plain['median_ms'] / patched['median_ms']:.2f}x",
+                _agreement(patched),
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _heading(result: dict[str, Any]) -> str:
+    found, model = result["environment"], result["model"]
+    if result["device"] == "cuda":
+        machine = f"{found['gpus'][0]['name']}, driver {found['driver']}"
+        versions = f"torch {found['torch']}, CUDA {found['cuda']}, cuDNN {found['cudnn']}"
+        settings = "TF32 off, cudnn.benchmark on"
+    else:
+        machine = f"{found['cpu']}, {found['threads']} threads"
+        versions, settings = f"torch {found['torch']}", "wall time"
+    height, width = model["input"]
+    return (
+        f"{model['name']}, {height}x{width}, on {machine}; {versions}; "
+        f"commit {_short(found['commit'])}, {result['date'][:10]}. "
+        f"Medians of {result['settings']['rounds']} interleaved rounds (quartiles); {settings}; "
+        "warm caches. Stock is channels_last with batch norms folded."
+    )
+
+
+def _short(commit: str | None) -> str:
+    """The first digits; "+", for files that differ from the commit, stays."""
+    return "unknown" if commit is None else commit[:9] + "+" * commit.endswith("+")
+
+
+def _time(row: dict[str, Any]) -> str:
+    if "skipped" in row:
+        return "skipped"
+    return f"{row['median_ms']:.3f} ({row['p25_ms']:.3f}-{row['p75_ms']:.3f})"
+
+
+def _agreement(row: dict[str, Any]) -> str:
+    """How far the logits are from float64, against plain stock."""
+    if row["relative_l2"] is None or row["error_ratio"] is None:
+        return "**NO**: not finite"
+    verdict = "yes" if row["agrees"] else "**NO**"
+    return f"{verdict}: error {row['relative_l2']:.1e}, {row['error_ratio']:.2f} of stock's"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
