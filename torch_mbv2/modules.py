@@ -129,10 +129,17 @@ class FusedConv2d(Swapped):
 
     @property
     def kernel(self) -> str:  # type: ignore[override]
-        if self.groups == self.in_channels == self.out_channels:
+        # As choose_route of bindings.cpp.
+        if self.kind == "depthwise":
             return "conv_depthwise"
-        plain = self.stride == (1, 1) and self.padding == (0, 0, 0, 0) and self.groups == 1
-        return "gemm" if self.kernel_size == (1, 1) and plain else "conv_implicit_gemm"
+        dense = self.stride == (1, 1) and self.groups == 1
+        if self.kernel_size == (1, 1) and dense and self.padding == (0, 0, 0, 0):
+            return "gemm"
+        dense3x3 = self.kernel_size == (3, 3) and dense and self.dilation == (1, 1)
+        many = self.in_channels >= 64 and self.out_channels >= 64
+        if dense3x3 and many and self.weight.dtype == torch.float32:
+            return "conv_winograd"
+        return "conv_implicit_gemm"
 
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()

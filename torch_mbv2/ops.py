@@ -31,12 +31,23 @@ _library = torch.library.Library("torch_mbv2", "DEF")
 
 
 def _define(schema: str, fake: Callable[..., Tensor], implementation: Callable[..., Tensor]) -> Any:
-    """Register one op: its schema, its fake, and its implementation for every device."""
+    """Register one op: its schema, its fake, and its implementation for every device.
+
+    Returns what calls it. Plain tensors on the CPU skip the dispatcher, whose way through Python
+    costs more than a small layer.
+    """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"torch_mbv2::{name}", fake, lib=_library)
-    return getattr(torch.ops.torch_mbv2, name).default
+    op = getattr(torch.ops.torch_mbv2, name).default
+
+    def call(input: Tensor, *arguments: Any) -> Tensor:
+        if type(input) is Tensor and input.is_cpu and not torch.compiler.is_compiling():
+            return implementation(input, *arguments)
+        return op(input, *arguments)
+
+    return call
 
 
 # ---------------------------------------------------------------------------------------- checks
