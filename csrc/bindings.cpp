@@ -229,6 +229,7 @@ ConvParams conv_params(const char* op, const Tensor& input, const Tensor& weight
   check_ints(op, "stride", stride, 2, 1);
   check_ints(op, "padding", padding, 4, 0);
   check_ints(op, "dilation", dilation, 2, 1);
+  if (input.size(1) < 1) fail(op, "input must have at least one channel, got ", shape(input));
   if (weight.dim() != 4) {
     fail(op, "weight must have shape (Cout, Cin / groups, kH, kW), got ", shape(weight));
   }

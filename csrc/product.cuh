@@ -80,7 +80,7 @@ struct WindowLoader {
   };
 
   static Params params(const ConvParams& c) {
-    return {c, Divider(c.out_w), Divider(c.out_h), Divider(std::max(c.in_channels / c.groups, 1)),
+    return {c, Divider(c.out_w), Divider(c.out_h), Divider(c.in_channels / c.groups),
             Divider(c.kernel_w)};
   }
 

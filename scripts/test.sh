@@ -4,5 +4,6 @@ set -euo pipefail
 . "$(dirname "$0")/_setup.sh"
 say "ruff"
 ruff check .
+ruff format --check .
 say "pytest (tests marked cuda are skipped where there is no GPU)"
 exec python -m pytest "$@"

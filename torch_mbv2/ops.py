@@ -202,6 +202,8 @@ def _conv2d_shape(
     _check_ints(op, "padding", padding, 4, 0)
     _check_ints(op, "dilation", dilation, 2, 1)
     n, channels, height, width = input.shape
+    if channels < 1:
+        raise _fail(op, f"input must have at least one channel, got {_shape(input)}")
     if weight.dim() != 4:
         raise _fail(
             op, f"weight must have shape (Cout, Cin / groups, kH, kW), got {_shape(weight)}"

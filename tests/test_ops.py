@@ -1,0 +1,730 @@
+"""Every op against float64 on the CPU and, marked `cuda`, on a GPU; its refusals; its manners."""
+# ruff: noqa: E501 (a line for each refusal)
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from torch_mbv2 import ops, testing
+
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+DEVICES = ["cpu", CUDA]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+RAW = torch.ops.torch_mbv2
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*")
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+# ------------------------------------------------------------------------ the meaning of each op
+
+
+def plain(op: str, *tensors: Tensor, activation: Any = None, **options: Any) -> Tensor:
+    """What `op` means, in stock operators, in the dtype of its tensors."""
+    x = tensors[0]
+    if op in ("conv2d", "conv2d_winograd"):
+        padding = options.pop("padding", 0)
+        if isinstance(padding, tuple) and len(padding) == 4:
+            tensors, padding = (F.pad(x, padding), *tensors[1:]), 0
+        out = F.conv2d(*tensors, padding=padding, **options)
+    elif op == "linear":
+        out = F.linear(*tensors)
+    elif op == "add":
+        out = x + tensors[1]
+    elif op == "avg_pool2d":
+        return F.avg_pool2d(x, **options)
+    elif op == "global_avg_pool2d":
+        return x.mean((2, 3), **options)
+    else:
+        return F.unfold(x, **options)
+    low, high = {"relu": (0, None), "relu6": (0, 6), None: (None, None)}.get(activation, activation)
+    return out if low is None and high is None else out.clamp(low, high)
+
+
+class Case(NamedTuple):
+    """An op on random tensors: shapes of the tensors, or None for no bias."""
+
+    op: str
+    shapes: tuple[tuple[int, ...] | None, ...]
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    def tensors(self, device: str, dtype: torch.dtype) -> list[Tensor | None]:
+        generator = torch.Generator().manual_seed(sum(len(s or ()) for s in self.shapes))
+        tensors: list[Tensor | None] = []
+        for i, shape in enumerate(self.shapes):
+            x = None if shape is None else torch.randn(shape, generator=generator)
+            if x is not None and i == 1 and self.op != "add":
+                x /= max(1, x[0].numel() if len(x) else 1) ** 0.5  # weights: keep outputs near 1
+            tensors.append(None if x is None else x.to(device, dtype))
+        return tensors
+
+    def __str__(self) -> str:
+        options = ",".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.op} {' '.join(str(s).replace(' ', '') for s in self.shapes)} {options}"
+
+
+def conv(*sizes: int, bias: bool = True, op: str = "conv2d", **options: Any) -> Case:
+    """sizes: N, Cin, H, W, Cout, kH, kW."""
+    n, channels, height, width, out_channels, *kernel = sizes
+    groups = options.get("groups", 1)
+    shapes = (
+        (n, channels, height, width),
+        (out_channels, channels // groups, *kernel),
+        (out_channels,) if bias else None,
+    )
+    return Case(op, shapes, options)
+
+
+winograd = functools.partial(conv, op="conv2d_winograd")
+
+
+def linear(*sizes: int, bias: bool = True, **options: Any) -> Case:
+    """sizes: ..., K, N."""
+    *rows, features, out_features = sizes
+    shapes = ((*rows, features), (out_features, features), (out_features,) if bias else None)
+    return Case("linear", shapes, options)
+
+
+CASES = [
+    # layers of MobileNetV2
+    conv(2, 3, 65, 64, 32, 3, 3, stride=2, padding=1, activation="relu6"),
+    conv(2, 3, 64, 64, 32, 3, 3, stride=2, padding=(0, 1, 0, 1), activation="relu6"),
+    conv(2, 32, 28, 28, 16, 1, 1),
+    conv(2, 16, 28, 28, 96, 1, 1, activation="relu6"),
+    conv(3, 144, 14, 14, 24, 1, 1),
+    conv(1, 960, 7, 7, 320, 1, 1),
+    conv(2, 320, 7, 7, 1280, 1, 1, activation="relu6"),
+    conv(2, 32, 29, 28, 32, 3, 3, padding=1, groups=32, activation="relu6"),
+    conv(2, 96, 29, 28, 96, 3, 3, stride=2, padding=1, groups=96, activation="relu6"),
+    conv(2, 96, 28, 29, 96, 3, 3, stride=2, padding=(0, 1, 0, 1), groups=96, activation="relu6"),
+    conv(2, 960, 7, 7, 960, 3, 3, padding=1, groups=960, activation="relu6"),
+    linear(1, 1280, 1000),
+    linear(64, 1280, 1000),
+    Case("global_avg_pool2d", ((2, 1280, 7, 7),)),
+    Case("add", ((2, 24, 14, 14), (2, 24, 14, 14))),
+    # pointwise: sizes that no tile divides, strides, paddings
+    conv(1, 1, 1, 1, 1, 1, 1),
+    conv(3, 7, 5, 3, 13, 1, 1, bias=False),
+    conv(17, 33, 1, 7, 130, 1, 1, activation="relu"),
+    conv(2, 24, 9, 9, 20, 1, 1, stride=(2, 3)),
+    conv(2, 16, 6, 5, 8, 1, 1, padding=(1, 0, 2, 3)),
+    conv(0, 16, 6, 5, 8, 1, 1),
+    # depthwise: kernels, strides, dilations, odd channels
+    conv(2, 13, 9, 11, 13, 3, 3, padding=1, groups=13),
+    conv(2, 64, 12, 13, 64, 5, 5, padding=2, groups=64, bias=False),
+    conv(2, 64, 12, 13, 64, 5, 5, stride=2, padding=2, groups=64),
+    conv(1, 24, 10, 10, 24, 7, 7, padding=3, groups=24),
+    conv(1, 16, 20, 17, 16, 3, 3, padding=2, dilation=2, groups=16),
+    conv(1, 16, 11, 11, 16, 3, 3, stride=3, groups=16, activation=(-0.5, 0.5)),
+    conv(1, 8, 3, 3, 8, 3, 3, padding=5, groups=8),
+    conv(1, 8, 1, 1, 8, 3, 3, padding=1, groups=8),
+    conv(1, 8, 9, 7, 8, 1, 3, padding=(1, 1, 0, 0), groups=8),
+    conv(0, 8, 9, 7, 8, 3, 3, padding=1, groups=8),
+    # dense and grouped; one with all integers different
+    conv(1, 6, 13, 17, 8, 4, 2, stride=(1, 2), padding=(0, 1, 2, 3), dilation=(2, 3), groups=2),
+    conv(2, 64, 10, 9, 72, 3, 3, padding=1, activation="relu"),
+    conv(2, 64, 10, 9, 72, 3, 3, padding=1, stride=2),
+    conv(1, 100, 6, 6, 30, 3, 3, dilation=2, padding=2),
+    conv(1, 1, 5, 5, 1, 3, 3, padding=1),
+    conv(2, 32, 8, 8, 64, 3, 3, padding=1, groups=32),
+    conv(2, 64, 8, 8, 48, 3, 3, padding=1, groups=4, activation=(None, 0.5)),
+    conv(1, 3, 16, 16, 5, 7, 7, stride=4, padding=3),
+    conv(0, 64, 10, 9, 72, 3, 3, padding=1),
+    winograd(2, 16, 8, 8, 24, 3, 3, padding=1, activation="relu6"),
+    winograd(1, 7, 5, 9, 13, 3, 3, bias=False),
+    winograd(3, 64, 7, 7, 64, 3, 3, padding=(0, 1, 2, 3)),
+    winograd(1, 1, 3, 3, 1, 3, 3, padding=2),
+    winograd(0, 8, 8, 8, 8, 3, 3),
+    # linear
+    linear(5, 33, 7, activation="relu6"),
+    linear(64, 16, bias=False),
+    linear(2, 3, 4, 40, 24, activation=(-1, 1)),
+    linear(3, 1, 1),
+    linear(3, 0, 5),
+    linear(0, 8, 8),
+    # poolings
+    Case("avg_pool2d", ((2, 16, 8, 8),), {"kernel_size": 2}),
+    Case("avg_pool2d", ((2, 5, 9, 7),), {"kernel_size": 3, "stride": 2, "padding": 1}),
+    Case(
+        "avg_pool2d",
+        ((1, 24, 10, 9),),
+        {"kernel_size": (3, 2), "stride": (2, 3), "padding": (1, 0), "ceil_mode": True},
+    ),
+    Case(
+        "avg_pool2d",
+        ((1, 8, 7, 7),),
+        {
+            "kernel_size": 3,
+            "stride": 2,
+            "padding": 1,
+            "ceil_mode": True,
+            "count_include_pad": False,
+        },
+    ),
+    Case("avg_pool2d", ((1, 8, 7, 7),), {"kernel_size": 3, "stride": 4, "divisor_override": 5}),
+    Case("avg_pool2d", ((0, 8, 7, 7),), {"kernel_size": 7}),
+    Case("global_avg_pool2d", ((3, 13, 5, 9),), {"keepdim": True}),
+    Case("global_avg_pool2d", ((1, 24, 112, 112),)),
+    Case("global_avg_pool2d", ((4, 1, 1, 1),)),
+    Case("global_avg_pool2d", ((0, 8, 2, 2),)),
+    # add
+    Case("add", ((3, 13, 5, 7), (3, 13, 5, 7)), {"activation": "relu6"}),
+    Case("add", ((1001,), (1001,)), {"activation": (-0.1, 0.1)}),
+    Case("add", ((), ())),
+    Case("add", ((0, 4), (0, 4))),
+    # im2col
+    Case(
+        "im2col",
+        ((2, 5, 9, 7),),
+        {"kernel_size": (3, 2), "dilation": (1, 2), "padding": (2, 1), "stride": (2, 1)},
+    ),
+    Case("im2col", ((1, 3, 32, 32),), {"kernel_size": 3, "padding": 1, "stride": 2}),
+    Case("im2col", ((1, 1, 1, 1),), {"kernel_size": 1}),
+]
+
+
+def poison(device: str) -> None:
+    """Leave NaN in the memory that the next outputs get."""
+    if device == "cuda":
+        for size in (1 << 10, 1 << 16, 1 << 22):
+            torch.full((size,), float("nan"), device=device)
+
+
+def check(op: str, tensors: list[Tensor | None], options: Mapping[str, Any]) -> Tensor:
+    """Run `op` and compare it with float64 and with stock PyTorch's own error."""
+    poison(tensors[0].device.type)
+    got = getattr(ops, op)(*tensors, **options)
+    exact = [None if x is None else x.double().cpu() for x in tensors]
+    expected = plain(op, *exact, **options)
+    if op == "im2col":
+        assert torch.equal(got.double().cpu(), expected)
+        return got
+    if got.is_cuda:  # the bounds are those of the kernels; stock rounds some results twice
+        testing.assert_close(got, expected)
+    stock = testing.relative_l2(plain(op, *tensors, **options), expected)
+    floor = testing.unit_roundoff(got.dtype) / 2
+    assert testing.relative_l2(got, expected) <= testing.ERROR_RATIO * max(stock, floor)
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_against_float64(device, case, dtype):
+    tensors = case.tensors(device, dtype)
+    if tensors[0].dim() == 4:
+        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    got = check(case.op, tensors, case.options)
+    again = getattr(ops, case.op)(*tensors, **case.options)
+    assert torch.equal(got, again), "two runs differ: a race"
+
+
+# --------------------------------------------------------------------------- layouts and memory
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels of a larger": lambda x: torch.cat([x, x], 1).to(memory_format=torch.channels_last)[
+        :, : x.shape[1]
+    ],
+    "odd channel offset": lambda x: torch.cat([x[:, :1], x], 1).to(
+        memory_format=torch.channels_last
+    )[:, 1:],
+    "every other channel": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "window of a larger": lambda x: F.pad(x, (1, 2, 3, 0)).to(memory_format=torch.channels_last)[
+        :, :, 3:, 1:-2
+    ],
+    "images of a larger": lambda x: torch.cat([x[:1], x])[1:],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "broadcast": lambda x: x[:1, :, :1, :].expand(x.shape),
+    "odd offset": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        conv(3, 16, 9, 8, 24, 1, 1),
+        conv(3, 16, 9, 8, 16, 3, 3, padding=1, groups=16),
+        conv(3, 3, 9, 8, 8, 3, 3, padding=1, stride=2),
+        conv(3, 16, 9, 8, 24, 3, 3, padding=1),
+        winograd(3, 16, 9, 8, 24, 3, 3, padding=1),
+        Case("avg_pool2d", ((3, 16, 9, 8),), {"kernel_size": 3, "stride": 2}),
+        Case("global_avg_pool2d", ((3, 16, 9, 8),)),
+        Case("add", ((3, 16, 9, 8), (3, 16, 9, 8))),
+        Case("im2col", ((3, 16, 9, 8),), {"kernel_size": 3}),
+    ],
+    ids=lambda case: f"{case.op}-{case.shapes[-1]}",
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_layout_of_the_input(device, case, layout):
+    for dtype in (torch.float32, torch.float16):
+        tensors = case.tensors(device, dtype)
+        tensors[0] = LAYOUTS[layout](tensors[0])
+        check(case.op, tensors, case.options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_layout_of_the_other_tensors(device):
+    for groups in (1, 16):
+        x, weight, bias = conv(2, 16, 6, 6, 16, 3, 3, groups=groups).tensors(device, torch.float16)
+        weight = weight.transpose(0, 3).contiguous().transpose(0, 3)
+        check("conv2d", [x, weight, bias.repeat_interleave(3)[::3]], {"groups": groups})
+    x, weight, bias = linear(4, 24, 16).tensors(device, torch.float32)
+    check("linear", [x.t().contiguous().t(), weight.t().contiguous().t(), bias.expand(16)], {})
+    x, other = Case("add", ((2, 8, 5, 5),) * 2).tensors(device, torch.bfloat16)
+    check("add", [x, other.contiguous(memory_format=torch.channels_last)], {})
+
+
+def as_fake(tensors: list[Tensor | None], mode: FakeTensorMode) -> list[Tensor | None]:
+    return [None if x is None else mode.from_tensor(x) for x in tensors]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_fake_has_the_shape_and_strides_of_the_real(device, case):
+    tensors = case.tensors(device, torch.float16)
+    call = getattr(ops, case.op)
+    real = call(*tensors, **case.options)
+    with FakeTensorMode() as mode:
+        fake = call(*as_fake(tensors, mode), **case.options)
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+    if real.dim() == 4 and case.op != "linear":
+        assert real.is_contiguous(memory_format=torch.channels_last)
+    else:
+        assert real.is_contiguous()
+
+
+# ------------------------------------------------------------------------------- special values
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_passes_through_every_activation(device):
+    for groups in (1, 8):
+        x, weight, bias = conv(1, 8, 6, 6, 8, 3, 3, groups=groups).tensors(device, torch.float32)
+        x[0, 3, 2, 2] = float("nan")
+        for activation in (None, "relu", "relu6", (-1, 1)):
+            got = ops.conv2d(x, weight, bias, 1, 1, groups=groups, activation=activation)
+            stock = plain("conv2d", x, weight, bias, padding=1, groups=groups)
+            assert torch.equal(got.isnan(), stock.isnan())
+            assert got.isnan().any()
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 2.0], device=device)
+    zero = torch.zeros_like(x)
+    assert ops.add(x, zero, "relu6").tolist()[1:] == [6.0, 0.0, 2.0]
+    assert ops.add(x, zero, "relu6")[0].isnan()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_float16_overflows_to_infinity_like_stock(device):
+    x = torch.full((1, 64, 4, 4), 200.0, device=device, dtype=torch.float16)
+    weight = torch.full((8, 64, 1, 1), 8.0, device=device, dtype=torch.float16)
+    assert torch.equal(ops.conv2d(x, weight), torch.full_like(x[:, :8], float("inf")))
+    assert torch.equal(ops.conv2d(x, weight, activation="relu6"), torch.full_like(x[:, :8], 6))
+    assert torch.equal(ops.global_avg_pool2d(x * 300), torch.full_like(x[:, :, 0, 0], 60000))
+
+
+def test_activation_names():
+    x = torch.randn(8)
+    assert torch.equal(ops.add(x, x, (None, 0.5)), (x + x).clamp(max=0.5))
+    with pytest.raises(
+        RuntimeError, match=r'activation must be None, "relu", "relu6" or \(min, max\), got .gelu.'
+    ):
+        ops.add(x, x, "gelu")
+
+
+def test_what_requires_grad_is_refused():
+    with torch.inference_mode(False):
+        x = torch.randn(1, 4, 5, 5)
+        weight = torch.randn(4, 1, 3, 3, requires_grad=True)
+        with pytest.raises(RuntimeError, match=r"requires grad.*inference_mode"):
+            ops.conv2d(x, weight, groups=4)
+        with torch.no_grad():
+            ops.conv2d(x, weight, groups=4)
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+class T(NamedTuple):
+    """A tensor to be made: of a dtype, on `other` than the device of the input, or expanded."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    elsewhere: bool = False
+
+
+GOOD: dict[str, dict[str, Any]] = {
+    "conv2d": {
+        "input": T((2, 6, 8, 9)),
+        "weight": T((4, 3, 3, 3)),
+        "bias": T((4,)),
+        "stride": [1, 1],
+        "padding": [1, 1, 1, 1],
+        "dilation": [1, 1],
+        "groups": 2,
+        "act_min": None,
+        "act_max": None,
+    },
+    "conv2d_winograd": {
+        "input": T((2, 6, 8, 9)),
+        "weight": T((4, 6, 3, 3)),
+        "bias": T((4,)),
+        "padding": [1, 1, 1, 1],
+        "act_min": None,
+        "act_max": None,
+    },
+    "linear": {
+        "input": T((2, 6)),
+        "weight": T((4, 6)),
+        "bias": T((4,)),
+        "act_min": None,
+        "act_max": None,
+    },
+    "avg_pool2d": {
+        "input": T((2, 6, 8, 9)),
+        "kernel_size": [2, 2],
+        "stride": [2, 2],
+        "padding": [0, 0],
+        "ceil_mode": False,
+        "count_include_pad": True,
+        "divisor_override": None,
+    },
+    "global_avg_pool2d": {"input": T((2, 6, 8, 9)), "keepdim": False},
+    "add": {"input": T((2, 6)), "other": T((2, 6)), "act_min": None, "act_max": None},
+    "im2col": {
+        "input": T((2, 6, 8, 9)),
+        "kernel_size": [2, 2],
+        "dilation": [1, 1],
+        "padding": [0, 0],
+        "stride": [1, 1],
+    },
+}
+LARGE = (1, 65536, 256, 128)
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    *(
+        (
+            op,
+            {"input": T(good["input"].shape, dtype)},
+            f"input must be float32, float16 or bfloat16, got {name}",
+        )
+        for op, good in GOOD.items()
+        for dtype, name in (
+            (torch.float64, "float64"),
+            (torch.int64, "int64"),
+            (torch.bool, "bool"),
+        )
+    ),
+    *(
+        (op, change, sentence)
+        for op in ("conv2d", "conv2d_winograd", "avg_pool2d", "global_avg_pool2d", "im2col")
+        for change, sentence in (
+            ({"input": T((6, 8, 9))}, "input must have shape (N, C, H, W), got (6, 8, 9)"),
+            ({"input": T((6,))}, "input must have shape (N, C, H, W), got (6,)"),
+            (
+                {"input": T(LARGE)},
+                "one image of input must have fewer than 2147483648 elements, "
+                "got (65536, 256, 128)",
+            ),
+        )
+    ),
+    *(
+        (
+            op,
+            {name: T(GOOD[op][name].shape, torch.float16)},
+            f"{name} must have the dtype of input, float32, got float16",
+        )
+        for op, names in (
+            ("conv2d", ("weight", "bias")),
+            ("linear", ("weight", "bias")),
+            ("add", ("other",)),
+        )
+        for name in names
+    ),
+    *(
+        (
+            op,
+            {name: T(GOOD[op][name].shape, elsewhere=True)},
+            f"{name} must be on the device of input, {{here}}, got {{elsewhere}}",
+        )
+        for op, names in (
+            ("conv2d", ("weight", "bias")),
+            ("linear", ("weight", "bias")),
+            ("add", ("other",)),
+        )
+        for name in names
+    ),
+    (
+        "conv2d",
+        {"weight": T((4, 3, 3))},
+        "weight must have shape (Cout, Cin / groups, kH, kW), got (4, 3, 3)",
+    ),
+    (
+        "conv2d",
+        {"input": T((2, 0, 8, 9))},
+        "input must have at least one channel, got (2, 0, 8, 9)",
+    ),
+    ("conv2d", {"groups": 0}, "groups must divide Cin 6 and Cout 4, got 0"),
+    ("conv2d", {"groups": 3}, "groups must divide Cin 6 and Cout 4, got 3"),
+    (
+        "conv2d",
+        {"weight": T((4, 6, 3, 3))},
+        "weight must have shape (Cout, 3, kH, kW) from 6 input channels in 2 groups, got (4, 6, 3, 3)",
+    ),
+    ("conv2d", {"bias": T((5,))}, "bias must have shape (4,) from weight, got (5,)"),
+    ("conv2d", {"bias": T((4, 1))}, "bias must have shape (4,) from weight, got (4, 1)"),
+    ("conv2d", {"stride": [1]}, "stride must have 2 values, got 1"),
+    ("conv2d", {"stride": [0, 1]}, "stride must be at least 1, got (0, 1)"),
+    ("conv2d", {"stride": [1, 2**31]}, "stride must be less than 2147483648, got (1, 2147483648)"),
+    ("conv2d", {"padding": [1, 1]}, "padding must have 4 values, got 2"),
+    ("conv2d", {"padding": [0, 0, -1, 0]}, "padding must be at least 0, got (0, 0, -1, 0)"),
+    ("conv2d", {"dilation": [1, 0]}, "dilation must be at least 1, got (1, 0)"),
+    ("conv2d", {"dilation": [1, 2, 3]}, "dilation must have 2 values, got 3"),
+    ("conv2d", {"act_min": 1.0, "act_max": 0.5}, "act_min must not exceed act_max, got 1 and 0.5"),
+    (
+        "conv2d",
+        {"dilation": [9, 1]},
+        "the kernel must fit into the padded input: dilated kernel (19, 3), padded input (10, 11)",
+    ),
+    (
+        "conv2d",
+        {"weight": T((4, 3, 0, 3))},
+        "the kernel must fit into the padded input: dilated kernel (0, 3), padded input (10, 11)",
+    ),
+    (
+        "conv2d",
+        {"padding": [2**31 - 1, 0, 1, 1]},
+        "one image of output must have fewer than 2147483648 elements, got (4, 8, 2147483654)",
+    ),
+    (
+        "conv2d_winograd",
+        {"weight": T((4, 6, 3, 5))},
+        "weight must have a 3 x 3 kernel, got (4, 6, 3, 5)",
+    ),
+    (
+        "conv2d_winograd",
+        {"padding": [0, 0, 0, -1]},
+        "padding must be at least 0, got (0, 0, 0, -1)",
+    ),
+    ("linear", {"input": T(())}, "input must have shape (..., K), got ()"),
+    ("linear", {"weight": T((6, 4))}, "weight must have shape (N, 6) from input, got (6, 4)"),
+    ("linear", {"weight": T((6,))}, "weight must have shape (N, 6) from input, got (6,)"),
+    ("linear", {"bias": T((6,))}, "bias must have shape (4,) from weight, got (6,)"),
+    ("linear", {"act_min": 2.0, "act_max": -1.0}, "act_min must not exceed act_max, got 2 and -1"),
+    ("avg_pool2d", {"kernel_size": [2]}, "kernel_size must have 2 values, got 1"),
+    ("avg_pool2d", {"kernel_size": [0, 2]}, "kernel_size must be at least 1, got (0, 2)"),
+    ("avg_pool2d", {"stride": [2, -1]}, "stride must be at least 1, got (2, -1)"),
+    (
+        "avg_pool2d",
+        {"padding": [2, 0]},
+        "padding must be at most half of kernel_size (2, 2), got (2, 0)",
+    ),
+    ("avg_pool2d", {"divisor_override": 0}, "divisor_override must not be 0"),
+    (
+        "avg_pool2d",
+        {"kernel_size": [9, 2]},
+        "the kernel must fit into the padded input: dilated kernel (9, 2), padded input (8, 9)",
+    ),
+    (
+        "global_avg_pool2d",
+        {"input": T((2, 6, 0, 9))},
+        "input must have at least one pixel, got (2, 6, 0, 9)",
+    ),
+    ("add", {"other": T((6, 2))}, "other must have the shape of input, (2, 6), got (6, 2)"),
+    ("add", {"other": T((6,))}, "other must have the shape of input, (2, 6), got (6,)"),
+    ("add", {"act_min": 2.0, "act_max": 1.0}, "act_min must not exceed act_max, got 2 and 1"),
+    (
+        "im2col",
+        {"kernel_size": [9, 2]},
+        "the kernel must fit into the padded input: dilated kernel (9, 2), padded input (8, 9)",
+    ),
+    ("im2col", {"stride": [1, 0]}, "stride must be at least 1, got (1, 0)"),
+    ("im2col", {"padding": [-1, 0]}, "padding must be at least 0, got (-1, 0)"),
+    ("im2col", {"dilation": [0, 1]}, "dilation must be at least 1, got (0, 1)"),
+]
+
+
+def arguments(op: str, change: dict[str, Any], device: str, elsewhere: str) -> list[Any]:
+    def make(value: Any) -> Any:
+        if not isinstance(value, T):
+            return value
+        where = elsewhere if value.elsewhere else device
+        if value.shape == LARGE:
+            return torch.ones(1, dtype=value.dtype, device=where).expand(LARGE)
+        return torch.ones(value.shape, dtype=value.dtype, device=where)
+
+    return [make(value) for value in (GOOD[op] | change).values()]
+
+
+@pytest.mark.parametrize(
+    "kind", ["cpu", "fake", CUDA, pytest.param("fake cuda", marks=pytest.mark.cuda)]
+)
+@pytest.mark.parametrize(("op", "change", "sentence"), BAD)
+def test_bad_arguments_get_one_sentence(op, change, sentence, kind):
+    device, elsewhere = ("cuda:0", "cpu") if "cuda" in kind else ("cpu", "meta")
+    if "fake" in kind:
+        with FakeTensorMode():
+            values = arguments(op, change, device, elsewhere)
+            with pytest.raises(RuntimeError) as caught:
+                getattr(RAW, op)(*values)
+    else:
+        values = arguments(op, change, device, elsewhere)
+        with pytest.raises(RuntimeError) as caught:
+            getattr(RAW, op)(*values)
+        with pytest.raises(RuntimeError) as direct:  # as modules call it
+            getattr(ops, f"_{op}")(*values)
+        assert str(direct.value) == str(caught.value)
+    wanted = sentence.format(here=device, elsewhere=elsewhere)
+    assert str(caught.value).splitlines()[0] == f"torch_mbv2::{op}: {wanted}"
+
+
+@pytest.mark.parametrize("op", GOOD)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_good_arguments_are_good(op, device):
+    getattr(RAW, op)(*arguments(op, {}, device, device))
+
+
+# ------------------------------------------------------------------------------------ ecosystem
+
+
+@pytest.mark.parametrize("op", GOOD)
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(op, device):
+    with torch.inference_mode(False):
+        overload = getattr(RAW, op).default
+        torch.library.opcheck(overload, tuple(arguments(op, {}, device, device)))
+
+
+def network(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """A bit of every op."""
+    dense, depthwise, point, head = weights
+    y = ops.conv2d(x, dense, stride=2, padding=1, activation="relu6")
+    z = ops.conv2d(y, depthwise, padding=(0, 2, 1, 1), groups=len(depthwise), activation="relu")
+    z = ops.add(ops.conv2d(z, point), y)
+    z = ops.conv2d_winograd(ops.avg_pool2d(z, 2), dense.repeat(1, 8, 1, 1)[:, :16], padding=1)
+    columns = ops.im2col(z, 1)
+    return ops.linear(ops.global_avg_pool2d(z) + columns.mean(2), head, activation=(-1, 1))
+
+
+def network_weights(device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((16, 3, 3, 3), (16, 1, 3, 3), (16, 16, 1, 1), (10, 16))
+    return [torch.randn(s, generator=generator).to(device, dtype) / 4 for s in shapes]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_as_one_graph(device):
+    with torch.inference_mode(False), torch.no_grad():
+        torch._dynamo.reset()
+        weights, x = network_weights(device), torch.randn(2, 3, 17, 16, device=device)
+        backend = "inductor" if device == "cuda" else "aot_eager"
+        compiled = torch.compile(network, fullgraph=True, backend=backend)
+        torch.testing.assert_close(compiled(x, weights), network(x, weights))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_exports_with_a_dynamic_batch(device):
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for i, weight in enumerate(network_weights(device)):
+                self.register_buffer(f"weight{i}", weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return network(x, list(self.buffers()))
+
+    with torch.inference_mode(False), torch.no_grad():
+        module = Network()
+        example = (torch.randn(2, 3, 17, 16, device=device),)
+        shapes = {"x": {0: torch.export.Dim("batch", min=1, max=512)}}
+        exported = torch.export.export(module, example, dynamic_shapes=shapes)
+        names = {str(node.target) for node in exported.graph.nodes}
+        assert {f"torch_mbv2.{op}.default" for op in GOOD} <= names
+        x = torch.randn(5, 3, 17, 16, device=device)
+        torch.testing.assert_close(exported.module()(x), module(x))
+
+
+# ---------------------------------------------------------------------------------- CUDA's ways
+
+
+@pytest.mark.cuda
+def test_runs_on_the_current_stream():
+    weights = network_weights("cuda", torch.float16)
+    x = torch.randn(64, 3, 64, 64, device="cuda", dtype=torch.float16)
+    expected = network(x, weights)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(20_000_000)  # on another stream, the ops would read zeros
+        late.copy_(x)
+        got = network(late, weights)
+    stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_replays_as_a_cuda_graph(dtype):
+    weights = network_weights("cuda", dtype)
+    x = torch.zeros(4, 3, 33, 32, device="cuda", dtype=dtype)
+    replay, out = testing.capture(lambda: network(x, weights))
+    for seed in range(3):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        replay()
+        assert torch.equal(out, network(x, weights))
+
+
+@pytest.mark.cuda
+def test_runs_on_another_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    weights, x = network_weights("cuda:1"), torch.randn(2, 3, 17, 16, device="cuda:1")
+    torch.testing.assert_close(network(x, weights).cpu(), network(x.cpu(), network_weights("cpu")))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("op", "shapes", "options"),
+    [
+        ("conv2d", ((64, 64, 1, 1), (64,)), {}),
+        ("conv2d", ((64, 1, 3, 3), (64,)), {"padding": 1, "groups": 64}),
+        ("conv2d", ((64, 1, 3, 2), (64,)), {"padding": 1, "groups": 64}),
+        ("conv2d", ((16, 64, 3, 3), (16,)), {"padding": 1}),
+        ("conv2d_winograd", ((8, 64, 3, 3), (8,)), {"padding": 1}),
+        ("linear", ((16, 8),), {}),
+        ("avg_pool2d", (), {"kernel_size": 2}),
+        ("global_avg_pool2d", (), {}),
+        ("add", (None,), {}),
+        ("im2col", (), {"kernel_size": 2, "stride": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_more_than_two_to_the_31_elements(op, shapes, options):
+    if torch.cuda.mem_get_info()[0] < 24e9:
+        pytest.skip("needs 24 GB of free GPU memory")
+    images = 2**31 // (64 * 8 * 8) + 5
+    x = torch.empty(images, 64, 8, 8, device="cuda", dtype=torch.float16)
+    x = x.to(memory_format=torch.channels_last).normal_()
+    others = [x if s is None else torch.randn(s, device="cuda").half() / 8 for s in shapes]
+    got = getattr(ops, op)(x, *others, **options)
+    for part in (slice(0, 2), slice(images // 2, images // 2 + 2), slice(-2, None)):
+        tensors = [
+            x[part],
+            *(t[part] if s is None else t for t, s in zip(others, shapes, strict=True)),
+        ]
+        expected = plain(op, *(t.double() for t in tensors), **options)
+        testing.assert_close(got[part], expected)
