@@ -7,25 +7,26 @@ namespace {
 
 constexpr int kLanes = 32;  // channel vectors of a block of global_pool
 constexpr int kSplits = 8;  // shares of the pixels of a block of global_pool
-constexpr int kRun = 16;    // pixels summed before they join the sum, for the sake of its rounding
+constexpr int kRun = 8;     // pixels summed in float32 before they join a sum in float64
 
 // output[n, c] = mean over pixels of input[n, pixel, c].
 //
 // A block owns one image and kLanes vectors of kV channels; thread (x, y) sums pixels y, y +
 // kSplits,
-// ... of vector x. Shared memory: float partial[kSplits][kLanes * kV], at most 8 KB; thread row 0
-// adds the kSplits partial sums in order, so that the result does not depend on timing.
+// ... of vector x. Shared memory: double partial[kSplits][kLanes * kV], at most 16 KB; thread row 0
+// adds the kSplits partial sums in order, so that the result does not depend on timing. A mean of
+// thousands of pixels of either sign is small beside its terms: float32 alone would show it.
 template <typename T, int kV>
 __global__ void __launch_bounds__(kLanes* kSplits)
-    global_pool(const __grid_constant__ GlobalPoolParams p, int slices, float scale) {
-  __shared__ float partial[kSplits][kLanes * kV];
+    global_pool(const __grid_constant__ GlobalPoolParams p, int slices, double scale) {
+  __shared__ double partial[kSplits][kLanes * kV];
   const unsigned image = blockIdx.x / slices;
   const int slice = blockIdx.x - image * slices;
   const int c0 = (slice * kLanes + threadIdx.x) * kV;
   const bool inside = c0 < p.channels;
 
   // 1. This thread's share of the pixels.
-  float sum[kV] = {};
+  double sum[kV] = {};
   if (inside) {
     const T* const input = static_cast<const T*>(p.input) + int64_t(image) * p.pixels * p.channels;
     for (int64_t pixel = threadIdx.y; pixel < p.pixels;) {
@@ -46,12 +47,13 @@ __global__ void __launch_bounds__(kLanes* kSplits)
 
   // 2. The shares, added in order.
   if (threadIdx.y == 0 && inside) {
+    float mean[kV];
 #pragma unroll
     for (int v = 0; v < kV; ++v) {
       for (int y = 1; y < kSplits; ++y) sum[v] += partial[y][v * kLanes + threadIdx.x];
-      sum[v] *= scale;
+      mean[v] = float(sum[v] * scale);
     }
-    store_floats(static_cast<T*>(p.output) + int64_t(image) * p.channels + c0, sum);
+    store_floats(static_cast<T*>(p.output) + int64_t(image) * p.channels + c0, mean);
   }
 }
 
@@ -103,7 +105,7 @@ template <typename T, int kV>
 cudaError_t launch_global(const GlobalPoolParams& p, cudaStream_t stream) {
   const int slices = ceil_div(p.channels, kLanes * kV);
   const int64_t images_per_launch = INT32_MAX / slices;
-  const float scale = float(1.0 / double(p.pixels));
+  const double scale = 1.0 / double(p.pixels);
   GlobalPoolParams part = p;
   for (int64_t first = 0; first < p.batch; first += images_per_launch) {
     part.batch = p.batch - first < images_per_launch ? p.batch - first : images_per_launch;

@@ -55,8 +55,9 @@ EXAMPLE = "bench torchvision:mobilenet_v2 --batches 1,32 --dtypes float32,float1
 STOCK, FOLDED, PATCHED = "stock", "stock channels_last folded", "patched"
 EAGER, GRAPH = "eager", "graph"
 
-_DISTINCT = 32
-"""Different images in a batch; a larger one repeats them, so that every row has a reference."""
+_IMAGES = 32
+"""Different images: every contender's logits are checked on all of them, whatever its batch size. A
+larger batch repeats them."""
 _REFERENCE_BATCH = 8
 
 
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         for dtype in dtypes:
             contenders = _contenders(model.to(device, models.DTYPES[dtype]))
             summary = report(contenders[PATCHED])
-            images = _images(model.size, max(batches)).to(device, models.DTYPES[dtype])
+            images = _images(model.size).to(device, models.DTYPES[dtype])
             reference = _reference(contenders[STOCK], images, model.batch)
             for batch in batches:
                 rows += _bench(
@@ -158,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
             "tf32": False,
             "cudnn_benchmark": True,
             "caches": "warm: every call reads the same input and weights",
-            "images": f"normal noise, {_DISTINCT} different ones at most",
+            "images": f"normal noise, {_IMAGES} different ones",
             "rounds": args.rounds,
             "min_time_s": args.min_time,
         },
@@ -199,12 +200,23 @@ def exact_settings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A contender in one mode, at one batch size: what is timed, and what it has computed last."""
+    """A contender in one mode, at one batch size: what is timed, its static input, and the logits
+    of the last call, given what that returned."""
 
     contender: str
     mode: str
     call: Callable[[], Any]
-    logits: Callable[[], Tensor]
+    input: Tensor
+    logits: Callable[[Any], Tensor]
+
+    def check(self, images: Tensor) -> Tensor:
+        """The logits of all `images`, (N, classes) on the CPU, by the calls that are timed."""
+        batch, parts = len(self.input), []
+        for first in range(0, len(images), batch):
+            chosen = torch.arange(first, first + batch, device=images.device) % len(images)
+            self.input.copy_(images[chosen])
+            parts.append(self.logits(self.call()).cpu())
+        return torch.cat(parts)[: len(images)]
 
 
 def _contenders(stock: nn.Module) -> dict[str, nn.Module]:
@@ -219,16 +231,14 @@ def _contenders(stock: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _images(size: tuple[int, int], largest_batch: int) -> Tensor:
-    count = min(_DISTINCT, largest_batch)
-    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
+def _images(size: tuple[int, int]) -> Tensor:
+    return torch.randn(_IMAGES, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
 def _reference(stock: nn.Module, images: Tensor, batch: int | None) -> Tensor:
     """The logits of the same weights and images, both already rounded, in float64."""
     exact = copy.deepcopy(stock).double()
-    batch = batch or min(_REFERENCE_BATCH, len(images))
-    return models.scores(exact, images.double(), batch).cpu()
+    return models.scores(exact, images.double(), batch or _REFERENCE_BATCH).cpu()
 
 
 def _bench(
@@ -254,7 +264,7 @@ def _bench(
                 x = nchw if name == STOCK else nhwc
                 models.scores(module, x)  # warms up, and complains about what is no classifier
                 call = functools.partial(module, x)
-                entries.append(_Entry(name, EAGER, call, call))
+                entries.append(_Entry(name, EAGER, call, x, lambda logits: logits))
             for eager in list(entries) if images.is_cuda else ():
                 name = eager.contender
                 try:
@@ -267,7 +277,9 @@ def _bench(
                     rows.append({**common, "mode": GRAPH, "contender": name, "skipped": why})
                 else:
                     # A replay writes its logits to where the graph was captured.
-                    entries.append(_Entry(name, GRAPH, replay, logits.clone))
+                    entries.append(
+                        _Entry(name, GRAPH, replay, eager.input, lambda _, logits=logits: logits)
+                    )
             timings = testing.time_interleaved(
                 {f"{entry.mode} {entry.contender}": entry.call for entry in entries},
                 images.device,
@@ -275,7 +287,7 @@ def _bench(
                 min_time=min_time,
                 on_round=lambda: advance(f"{dtype}, batch {batch}"),
             )
-            found = [entry.logits().cpu() for entry in entries]
+            found = [entry.check(images) for entry in entries]
     except torch.OutOfMemoryError:
         raise Error(
             f"not enough GPU memory for batch {batch} in {dtype}: give smaller --batches"
@@ -284,9 +296,8 @@ def _bench(
         (entry.mode, entry.contender): timing.median
         for entry, timing in zip(entries, timings.values(), strict=True)
     }
-    expected = reference[repeat]
     for entry, timing, logits in zip(entries, timings.values(), found, strict=True):
-        judged = agreement(logits, found[0], expected)
+        judged = agreement(logits, found[0], reference)
         if entry.contender != PATCHED:
             judged["agrees"] = None
         rows.append(
