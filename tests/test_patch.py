@@ -117,6 +117,33 @@ def test_every_layer_of_a_mobilenet_v2_gets_a_kernel(stock):
     torch_mbv2.patch(stock, strict=True)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("options", "dtype", "kernel", "launched"),
+    [
+        ({"kernel_size": 1}, torch.float16, "gemm", "MatrixLoader"),
+        ({"kernel_size": 1, "stride": 2}, torch.float32, "conv_implicit_gemm", "WindowLoader"),
+        ({"kernel_size": 3, "groups": 64}, torch.float32, "conv_depthwise", "depthwise"),
+        ({"kernel_size": 3}, torch.float32, "conv_winograd", "transform_input"),
+        ({"kernel_size": 3}, torch.float16, "conv_implicit_gemm", "WindowLoader"),
+        ({"kernel_size": 3, "dilation": 2}, torch.float32, "conv_implicit_gemm", "WindowLoader"),
+    ],
+)
+@torch.inference_mode()
+def test_report_names_the_kernel_that_runs(options, dtype, kernel, launched):
+    model = nn.Sequential(nn.Conv2d(64, 64, **options)).to("cuda", dtype).eval()
+    fast = torch_mbv2.patch(model)
+    assert torch_mbv2.report(fast).rows[0].kernel == kernel
+    x = torch.randn(1, 64, 8, 8, device="cuda", dtype=dtype)
+    fast(x)
+    with torch.profiler.profile() as profile:
+        fast(x)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    assert "torch_mbv2::conv2d" in names
+    assert any("torch_mbv2" in name and launched in name for name in names), names
+
+
 @pytest.mark.parametrize("stock", ["torchvision", "own same", "timm", "graph"], indirect=True)
 @torch.inference_mode()
 def test_copies_and_pickles(stock):
