@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cctype>
 #include <cstdint>
 #include <cstdio>
 #include <limits>
@@ -55,14 +56,13 @@ std::string number(double value) {
   return text;
 }
 
+// As Python names it, without "torch.".
 std::string name(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
       return "float32";
     case ScalarType::Half:
       return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
     case ScalarType::Double:
       return "float64";
     case ScalarType::Byte:
@@ -75,14 +75,17 @@ std::string name(ScalarType type) {
       return "int32";
     case ScalarType::Long:
       return "int64";
-    case ScalarType::Bool:
-      return "bool";
+    case ScalarType::ComplexHalf:
+      return "complex32";
     case ScalarType::ComplexFloat:
       return "complex64";
     case ScalarType::ComplexDouble:
       return "complex128";
-    default:
-      return "another dtype";
+    default: {  // C++ and Python call the others alike, but for the case: BFloat16, Float8_e5m2
+      std::string text = torch::headeronly::toString(type);
+      for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+      return text;
+    }
   }
 }
 

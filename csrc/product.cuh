@@ -21,6 +21,7 @@ struct ProductParams {
   int64_t m;
   int n, k;
   int n_tiles;
+  int z_count;
   int64_t pitch;
   int64_t weight_step, bias_step, output_step;  // elements from one z to the next
   Clamp act;
@@ -179,7 +180,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const unsigned m_tile = blockIdx.x / g.n_tiles;
   const int n0 = (blockIdx.x - m_tile * g.n_tiles) * Tile::kN;
   const int64_t m0 = int64_t(m_tile) * Tile::kM;
-  const int z = blockIdx.z;
+  const int z = blockIdx.y * gridDim.z + blockIdx.z;
+  if (z >= g.z_count) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_row = warp / Tile::kSplits * 16, split = warp % Tile::kSplits;
 
@@ -365,7 +367,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const unsigned m_tile = blockIdx.x / g.n_tiles;
   const int n0 = (blockIdx.x - m_tile * g.n_tiles) * Tile::kN;
   const int64_t m0 = int64_t(m_tile) * Tile::kM;
-  const int z = blockIdx.z;
+  const int z = blockIdx.y * gridDim.z + blockIdx.z;
+  if (z >= g.z_count) return;
   const int split = threadIdx.x / Tile::kGroup, member = threadIdx.x % Tile::kGroup;
   const int x = member % Tile::kColumnThreads, y = member / Tile::kColumnThreads;
 
@@ -500,14 +503,17 @@ template <typename Kernel, typename LoaderParams>
 cudaError_t launch_product(Kernel kernel, int tile_m, int tile_n, int threads, int shared_bytes,
                            ProductParams g, LoaderParams a, int z_count, cudaStream_t stream) {
   g.n_tiles = ceil_div(g.n, tile_n);
+  g.z_count = z_count;
   const int64_t blocks = ceil_div(g.m, int64_t(tile_m)) * g.n_tiles;
-  if (blocks > INT32_MAX || z_count > 65535) return cudaErrorInvalidValue;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<dim3(unsigned(blocks), 1, z_count), threads, shared_bytes, stream>>>(g, a);
+  constexpr int kMostZ = 65535;  // of a grid
+  const dim3 grid(unsigned(blocks), ceil_div(z_count, kMostZ), z_count < kMostZ ? z_count : kMostZ);
+  kernel<<<grid, threads, shared_bytes, stream>>>(g, a);
   return cudaGetLastError();
 }
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -67,8 +69,10 @@ class Case(NamedTuple):
         tensors: list[Tensor | None] = []
         for i, shape in enumerate(self.shapes):
             x = None if shape is None else torch.randn(shape, generator=generator)
-            if x is not None and i == 1 and self.op != "add":
-                x /= max(1, x[0].numel() if len(x) else 1) ** 0.5  # weights: keep outputs near 1
+            if x is not None and self.op == "add":
+                x *= 3
+            elif x is not None and i == 1:  # weights: outputs of about 4, so ReLU6 meets both sides
+                x *= 4 / max(1, x[0].numel() if len(x) else 1) ** 0.5
             tensors.append(None if x is None else x.to(device, dtype))
         return tensors
 
@@ -122,6 +126,8 @@ CASES = [
     conv(17, 33, 1, 7, 130, 1, 1, activation="relu"),
     conv(2, 24, 9, 9, 20, 1, 1, stride=(2, 3)),
     conv(2, 16, 6, 5, 8, 1, 1, padding=(1, 0, 2, 3)),
+    conv(2, 16, 6, 5, 7, 1, 1),
+    conv(2, 100, 5, 5, 33, 1, 1),
     conv(0, 16, 6, 5, 8, 1, 1),
     # depthwise: kernels, strides, dilations, odd channels
     conv(2, 13, 9, 11, 13, 3, 3, padding=1, groups=13),
@@ -130,6 +136,10 @@ CASES = [
     conv(1, 24, 10, 10, 24, 7, 7, padding=3, groups=24),
     conv(1, 16, 20, 17, 16, 3, 3, padding=2, dilation=2, groups=16),
     conv(1, 16, 11, 11, 16, 3, 3, stride=3, groups=16, activation=(-0.5, 0.5)),
+    conv(1, 16, 13, 12, 16, 3, 3, stride=4, groups=16),
+    conv(2, 16, 12, 9, 16, 3, 3, stride=(2, 1), padding=(0, 1), groups=16, activation="relu6"),
+    conv(2, 32, 57, 3, 32, 3, 3, padding=1, groups=32, activation=(None, 0.5)),
+    conv(17, 24, 3, 5, 24, 5, 5, padding=(1, 3, 2, 0), groups=24, activation="relu6"),
     conv(1, 8, 3, 3, 8, 3, 3, padding=5, groups=8),
     conv(1, 8, 1, 1, 8, 3, 3, padding=1, groups=8),
     conv(1, 8, 9, 7, 8, 1, 3, padding=(1, 1, 0, 0), groups=8),
@@ -140,6 +150,10 @@ CASES = [
     conv(2, 64, 10, 9, 72, 3, 3, padding=1, stride=2),
     conv(1, 100, 6, 6, 30, 3, 3, dilation=2, padding=2),
     conv(1, 1, 5, 5, 1, 3, 3, padding=1),
+    conv(3, 33, 1, 7, 130, 1, 3, padding=(0, 1)),
+    conv(2, 16, 9, 11, 24, 5, 3, stride=(3, 1), padding=(2, 0), activation="relu6"),
+    conv(1, 8, 2, 3, 16, 3, 3, padding=4),
+    conv(1, 8, 11, 10, 16, 3, 3, stride=5),
     conv(2, 32, 8, 8, 64, 3, 3, padding=1, groups=32),
     conv(2, 64, 8, 8, 48, 3, 3, padding=1, groups=4, activation=(None, 0.5)),
     conv(1, 3, 16, 16, 5, 7, 7, stride=4, padding=3),
@@ -148,9 +162,12 @@ CASES = [
     winograd(1, 7, 5, 9, 13, 3, 3, bias=False),
     winograd(3, 64, 7, 7, 64, 3, 3, padding=(0, 1, 2, 3)),
     winograd(1, 1, 3, 3, 1, 3, 3, padding=2),
+    winograd(2, 130, 6, 11, 33, 3, 3, padding=(1, 2), activation="relu"),
+    winograd(17, 13, 3, 3, 7, 3, 3, activation=(None, 0.5)),
     winograd(0, 8, 8, 8, 8, 3, 3),
     # linear
-    linear(5, 33, 7, activation="relu6"),
+    linear(29, 33, 7, activation="relu6"),
+    linear(5, 64, 7, activation="relu"),
     linear(64, 16, bias=False),
     linear(2, 3, 4, 40, 24, activation=(-1, 1)),
     linear(3, 1, 1),
@@ -176,10 +193,12 @@ CASES = [
         },
     ),
     Case("avg_pool2d", ((1, 8, 7, 7),), {"kernel_size": 3, "stride": 4, "divisor_override": 5}),
+    Case("avg_pool2d", ((3, 130, 1, 7),), {"kernel_size": (1, 3), "stride": (5, 1)}),
     Case("avg_pool2d", ((0, 8, 7, 7),), {"kernel_size": 7}),
     Case("global_avg_pool2d", ((3, 13, 5, 9),), {"keepdim": True}),
     Case("global_avg_pool2d", ((1, 24, 112, 112),)),
     Case("global_avg_pool2d", ((4, 1, 1, 1),)),
+    Case("global_avg_pool2d", ((17, 33, 1, 7),), {"keepdim": True}),
     Case("global_avg_pool2d", ((0, 8, 2, 2),)),
     # add
     Case("add", ((3, 13, 5, 7), (3, 13, 5, 7)), {"activation": "relu6"}),
@@ -193,21 +212,41 @@ CASES = [
         {"kernel_size": (3, 2), "dilation": (1, 2), "padding": (2, 1), "stride": (2, 1)},
     ),
     Case("im2col", ((1, 3, 32, 32),), {"kernel_size": 3, "padding": 1, "stride": 2}),
+    Case("im2col", ((17, 2, 1, 1),), {"kernel_size": (1, 3), "padding": (3, 4)}),
     Case("im2col", ((1, 1, 1, 1),), {"kernel_size": 1}),
+    Case("im2col", ((0, 3, 5, 5),), {"kernel_size": 3}),
+]
+# One for each tile that only large products run on (on a GPU of 132 multiprocessors), and one of
+# more than a chunk of Winograd tiles.
+LARGE_CASES = [
+    linear(12545, 8, 25, activation="relu6"),
+    linear(4001, 8, 199),
+    linear(4001, 8, 319),
+    linear(12545, 8, 41),
+    linear(12545, 288, 57),
+    linear(16901, 8, 103),
+    linear(16901, 8, 25),
+    linear(2001, 144, 25),
+    conv(2, 8, 80, 80, 72, 1, 1, padding=1, activation="relu6"),
+    conv(5, 8, 80, 80, 40, 1, 1, padding=1),
+    winograd(2, 64, 361, 363, 2, 3, 3, padding=1),
 ]
 
 
-def poison(device: str) -> None:
-    """Leave NaN in the memory that the next outputs get."""
-    if device == "cuda":
-        for size in (1 << 10, 1 << 16, 1 << 22):
-            torch.full((size,), float("nan"), device=device)
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """All memory from `empty`, in Python or C++, holds NaN, so what nobody writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def check(op: str, tensors: list[Tensor | None], options: Mapping[str, Any]) -> Tensor:
     """Run `op` and compare it with float64 and with stock PyTorch's own error."""
-    poison(tensors[0].device.type)
-    got = getattr(ops, op)(*tensors, **options)
+    with poisoned():
+        got = getattr(ops, op)(*tensors, **options)
     exact = [None if x is None else x.double().cpu() for x in tensors]
     expected = plain(op, *exact, **options)
     if op == "im2col":
@@ -233,6 +272,34 @@ def test_against_float64(device, case, dtype):
     assert torch.equal(got, again), "two runs differ: a race"
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+def test_large_products(case, dtype):
+    check(case.op, case.tensors("cuda", dtype), case.options)
+
+
+ACTIVATED = [case for case in CASES if "activation" in case.options]
+
+
+@pytest.mark.parametrize("case", ACTIVATED, ids=str)
+def test_the_cases_reach_the_bounds_of_their_activation(case):
+    options = {**case.options, "activation": None}
+    unbounded = plain(case.op, *case.tensors("cpu", torch.float32), **options)
+    low, high = ops._bounds(case.op, case.options["activation"])
+    assert low is None or (unbounded < low).any()
+    assert high is None or (unbounded > high).any()
+    assert ((unbounded > (low or -1e9)) & (unbounded < (high or 1e9))).any()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_poison_works(device, dtype):
+    with poisoned():
+        memory = torch.empty(64, dtype=dtype, device=device)
+    assert memory.view(torch.float32 if dtype == torch.uint8 else dtype).isnan().all()
+
+
 # --------------------------------------------------------------------------- layouts and memory
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -254,106 +321,164 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# One for each kernel.
+KERNELS = [
+    conv(3, 16, 9, 8, 24, 1, 1),
+    conv(3, 16, 9, 8, 16, 3, 3, padding=1, groups=16),
+    conv(3, 16, 9, 8, 16, 1, 3, padding=(0, 1), groups=16),
+    conv(3, 3, 9, 8, 8, 3, 3, padding=1, stride=2),
+    conv(3, 16, 9, 8, 24, 3, 3, padding=1),
+    conv(3, 16, 9, 8, 8, 3, 3, groups=4),
+    winograd(3, 16, 9, 8, 24, 3, 3, padding=1),
+    linear(3, 16, 9, 8, 24),
+    Case("avg_pool2d", ((3, 16, 9, 8),), {"kernel_size": 3, "stride": 2}),
+    Case("global_avg_pool2d", ((3, 16, 9, 8),)),
+    Case("add", ((3, 16, 9, 8), (3, 16, 9, 8))),
+    Case("im2col", ((3, 16, 9, 8),), {"kernel_size": 3}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "case",
-    [
-        conv(3, 16, 9, 8, 24, 1, 1),
-        conv(3, 16, 9, 8, 16, 3, 3, padding=1, groups=16),
-        conv(3, 3, 9, 8, 8, 3, 3, padding=1, stride=2),
-        conv(3, 16, 9, 8, 24, 3, 3, padding=1),
-        winograd(3, 16, 9, 8, 24, 3, 3, padding=1),
-        Case("avg_pool2d", ((3, 16, 9, 8),), {"kernel_size": 3, "stride": 2}),
-        Case("global_avg_pool2d", ((3, 16, 9, 8),)),
-        Case("add", ((3, 16, 9, 8), (3, 16, 9, 8))),
-        Case("im2col", ((3, 16, 9, 8),), {"kernel_size": 3}),
-    ],
-    ids=lambda case: f"{case.op}-{case.shapes[-1]}",
-)
+@pytest.mark.parametrize("case", KERNELS, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_any_layout_of_the_input(device, case, layout):
-    for dtype in (torch.float32, torch.float16):
-        tensors = case.tensors(device, dtype)
-        tensors[0] = LAYOUTS[layout](tensors[0])
-        check(case.op, tensors, case.options)
+def test_any_layout_of_the_input(device, case, layout, dtype):
+    tensors = case.tensors(device, dtype)
+    tensors[0] = LAYOUTS[layout](tensors[0])
+    check(case.op, tensors, case.options)
 
 
+OTHER_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "rows of a larger": lambda x: x.repeat_interleave(3, 0)[::3],
+    "broadcast": lambda x: x[:1].expand(x.shape),
+    "odd offset": LAYOUTS["odd offset"],
+    "channels_last": lambda x: (
+        x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.parametrize("case", [case for case in KERNELS if len(case.shapes) > 1], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_any_layout_of_the_other_tensors(device):
-    for groups in (1, 16):
-        x, weight, bias = conv(2, 16, 6, 6, 16, 3, 3, groups=groups).tensors(device, torch.float16)
-        weight = weight.transpose(0, 3).contiguous().transpose(0, 3)
-        check("conv2d", [x, weight, bias.repeat_interleave(3)[::3]], {"groups": groups})
-    x, weight, bias = linear(4, 24, 16).tensors(device, torch.float32)
-    check("linear", [x.t().contiguous().t(), weight.t().contiguous().t(), bias.expand(16)], {})
-    x, other = Case("add", ((2, 8, 5, 5),) * 2).tensors(device, torch.bfloat16)
-    check("add", [x, other.contiguous(memory_format=torch.channels_last)], {})
+def test_any_layout_of_the_other_tensors(device, case, layout, dtype):
+    x, *others = case.tensors(device, dtype)
+    check(case.op, [x, *map(OTHER_LAYOUTS[layout], others)], case.options)
 
 
 def as_fake(tensors: list[Tensor | None], mode: FakeTensorMode) -> list[Tensor | None]:
     return [None if x is None else mode.from_tensor(x) for x in tensors]
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_fake_has_the_shape_and_strides_of_the_real(device, case):
+def test_fake_has_the_shape_and_strides_of_the_real(device, case, memory_format):
     tensors = case.tensors(device, torch.float16)
+    if tensors[0].dim() == 4:
+        tensors[0] = tensors[0].contiguous(memory_format=memory_format)
     call = getattr(ops, case.op)
     real = call(*tensors, **case.options)
     with FakeTensorMode() as mode:
         fake = call(*as_fake(tensors, mode), **case.options)
     assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
-    if real.dim() == 4 and case.op != "linear":
-        assert real.is_contiguous(memory_format=torch.channels_last)
-    else:
-        assert real.is_contiguous()
+    image = real.dim() == 4 and case.op != "linear"
+    wanted = torch.channels_last if image else torch.contiguous_format
+    assert real.stride() == torch.empty(real.shape, memory_format=wanted).stride()
 
 
 # ------------------------------------------------------------------------------- special values
 
 
+INFINITY, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", (-1, 1)], ids=str)
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+@pytest.mark.parametrize("case", [case for case in KERNELS if "winograd" not in case.op], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_nan_passes_through_every_activation(device):
-    for groups in (1, 8):
-        x, weight, bias = conv(1, 8, 6, 6, 8, 3, 3, groups=groups).tensors(device, torch.float32)
-        x[0, 3, 2, 2] = float("nan")
-        for activation in (None, "relu", "relu6", (-1, 1)):
-            got = ops.conv2d(x, weight, bias, 1, 1, groups=groups, activation=activation)
-            stock = plain("conv2d", x, weight, bias, padding=1, groups=groups)
-            assert torch.equal(got.isnan(), stock.isnan())
-            assert got.isnan().any()
-    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 2.0], device=device)
-    zero = torch.zeros_like(x)
-    assert ops.add(x, zero, "relu6").tolist()[1:] == [6.0, 0.0, 2.0]
-    assert ops.add(x, zero, "relu6")[0].isnan()
+def test_nan_and_infinity_pass_through(device, case, value, activation, dtype):
+    options = dict(case.options)
+    if case.op in ("conv2d", "linear", "add"):
+        options["activation"] = activation
+    elif activation is not None:
+        pytest.skip("no activation")
+    tensors = case.tensors(device, dtype)
+    tensors[0][1, 5 % tensors[0].shape[1], 4, 3] = value
+    with poisoned():
+        got = getattr(ops, case.op)(*tensors, **options)
+    expected = plain(case.op, *(x.double().cpu() for x in tensors), **options)
+    assert torch.equal(got.isfinite().cpu(), expected.isfinite())
+    torch.testing.assert_close(  # which of the three; how far is for others to test
+        got.cpu(), expected.to(dtype), rtol=0.01, atol=0.05, equal_nan=True, check_stride=False
+    )
+
+
+@pytest.mark.parametrize("value", [NAN, INFINITY])
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (3, 4), (4, 5), (8, 7)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_and_infinity_stay_in_the_winograd_tiles_that_read_them(device, row, column, value):
+    case = winograd(3, 16, 9, 8, 24, 3, 3, padding=(1, 1, 1, 1))
+    tensors = case.tensors(device, torch.float32)
+    tensors[0][1, 5, row, column] = value
+    with poisoned():
+        got = ops.conv2d_winograd(*tensors, **case.options).cpu()
+    expected = plain(case.op, *(x.double().cpu() for x in tensors), **case.options)
+    assert not got[~expected.isfinite()].isfinite().any()
+    # The 4 x 4 patch of the tile of outputs 2i and 2i + 1 starts at 2i in the padded input.
+    first_row, first_column = torch.arange(9) // 2 * 2, torch.arange(8) // 2 * 2
+    rows = (first_row <= row + 1) & (row + 1 < first_row + 4)
+    columns = (first_column <= column + 1) & (column + 1 < first_column + 4)
+    untouched = torch.ones(got.shape, dtype=torch.bool)
+    untouched[1] = ~(rows[:, None] & columns)
+    testing.assert_close(got[untouched], expected[untouched])
+
+
+@pytest.mark.parametrize(
+    ("activation", "sign", "wanted"),
+    [(None, 1, INFINITY), (None, -1, -INFINITY), ("relu6", 1, 6.0), ("relu", -1, 0.0)],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [case for case in KERNELS if case.op in ("conv2d", "conv2d_winograd", "linear", "add")],
+    ids=str,
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_overflows_to_infinity_like_stock(device, case, dtype, activation, sign, wanted):
+    if case.op == "conv2d_winograd" and dtype != torch.float16:
+        pytest.skip("its sums of float32 infinities of both signs are NaN")
+    tensors = case.tensors(device, dtype)
+    tensors[0].fill_(sign * torch.finfo(dtype).max / 2)
+    tensors[1].fill_(8.0 if case.op != "add" else tensors[0].flatten()[0].item() * 1.5)
+    got = getattr(ops, case.op)(*tensors, **{**case.options, "activation": activation})
+    assert torch.equal(got, torch.full_like(got, wanted))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_float16_overflows_to_infinity_like_stock(device):
-    x = torch.full((1, 64, 4, 4), 200.0, device=device, dtype=torch.float16)
-    weight = torch.full((8, 64, 1, 1), 8.0, device=device, dtype=torch.float16)
-    assert torch.equal(ops.conv2d(x, weight), torch.full_like(x[:, :8], float("inf")))
-    assert torch.equal(ops.conv2d(x, weight, activation="relu6"), torch.full_like(x[:, :8], 6))
-    assert torch.equal(ops.global_avg_pool2d(x * 300), torch.full_like(x[:, :, 0, 0], 60000))
+def test_poolings_sum_beyond_float16(device):
+    x = torch.full((1, 64, 4, 4), 60000.0, device=device, dtype=torch.float16)
+    assert torch.equal(ops.global_avg_pool2d(x), x[:, :, 0, 0])
+    assert torch.equal(ops.avg_pool2d(x, 2), x[:, :, ::2, ::2])
+    assert ops.avg_pool2d(x, 2, divisor_override=1).isposinf().all()
 
 
-def test_activation_names():
-    x = torch.randn(8)
-    assert torch.equal(ops.add(x, x, (None, 0.5)), (x + x).clamp(max=0.5))
-    with pytest.raises(
-        RuntimeError, match=r'activation must be None, "relu", "relu6" or \(min, max\), got .gelu.'
-    ):
-        ops.add(x, x, "gelu")
-
-
-def test_what_requires_grad_is_refused():
-    with torch.inference_mode(False):
-        x = torch.randn(1, 4, 5, 5)
-        weight = torch.randn(4, 1, 3, 3, requires_grad=True)
-        with pytest.raises(RuntimeError, match=r"requires grad.*inference_mode"):
-            ops.conv2d(x, weight, groups=4)
-        with torch.no_grad():
-            ops.conv2d(x, weight, groups=4)
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda x: ops.conv2d(x, x, padding="same"), "padding must be an int or ints, got 'same'"),
+        (lambda x: ops.conv2d(x, x, stride=1.0), "stride must be an int or ints, got 1.0"),
+        (lambda x: ops.conv2d(x, x, dilation=(1,)), "dilation must have 2 values, got 1"),
+        (lambda x: ops.avg_pool2d(x, "2"), "kernel_size must be an int or ints, got '2'"),
+        (lambda x: ops.im2col(x, 1, padding=None), "padding must be an int or ints, got None"),
+    ],
+)
+def test_sizes_that_are_no_integers_are_refused(call, sentence):
+    with pytest.raises(RuntimeError, match=re.escape(f": {sentence}") + "$"):
+        call(torch.ones(1, 1, 1, 1))
 
 
 # ------------------------------------------------------------------------------------- refusals
@@ -414,6 +539,7 @@ GOOD: dict[str, dict[str, Any]] = {
     },
 }
 LARGE = (1, 65536, 256, 128)
+WIDE = T((1, 2**29, 1, 1), torch.float16)  # too large only with its padding, and then just so
 BAD: list[tuple[str, dict[str, Any], str]] = [
     *(
         (
@@ -449,6 +575,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         )
         for op, names in (
             ("conv2d", ("weight", "bias")),
+            ("conv2d_winograd", ("weight", "bias")),
             ("linear", ("weight", "bias")),
             ("add", ("other",)),
         )
@@ -462,10 +589,28 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         )
         for op, names in (
             ("conv2d", ("weight", "bias")),
+            ("conv2d_winograd", ("weight", "bias")),
             ("linear", ("weight", "bias")),
             ("add", ("other",)),
         )
         for name in names
+    ),
+    *(
+        (
+            "add",
+            {"input": T((2, 6), dtype)},
+            f"input must be float32, float16 or bfloat16, got {name}",
+        )
+        for dtype, name in (
+            (torch.uint8, "uint8"),
+            (torch.int8, "int8"),
+            (torch.int16, "int16"),
+            (torch.int32, "int32"),
+            (torch.complex64, "complex64"),
+            (torch.complex128, "complex128"),
+            (torch.uint16, "uint16"),
+            (torch.float8_e4m3fn, "float8_e4m3fn"),
+        )
     ),
     (
         "conv2d",
@@ -519,11 +664,42 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"padding": [0, 0, 0, -1]},
         "padding must be at least 0, got (0, 0, 0, -1)",
     ),
+    (
+        "conv2d_winograd",
+        {"weight": T((4, 3, 3, 3))},
+        "weight must have shape (Cout, 6, kH, kW) from 6 input channels in 1 groups, got (4, 3, 3, 3)",
+    ),
+    ("conv2d_winograd", {"bias": T((6,))}, "bias must have shape (4,) from weight, got (6,)"),
+    (
+        "conv2d_winograd",
+        {"act_min": 6.5, "act_max": 6},
+        "act_min must not exceed act_max, got 6.5 and 6",
+    ),
+    (
+        "conv2d_winograd",
+        {"input": T((2, 6, 1, 9)), "padding": [0, 0, 1, 0]},
+        "the kernel must fit into the padded input: dilated kernel (3, 3), padded input (2, 9)",
+    ),
     ("linear", {"input": T(())}, "input must have shape (..., K), got ()"),
     ("linear", {"weight": T((6, 4))}, "weight must have shape (N, 6) from input, got (6, 4)"),
     ("linear", {"weight": T((6,))}, "weight must have shape (N, 6) from input, got (6,)"),
     ("linear", {"bias": T((6,))}, "bias must have shape (4,) from weight, got (6,)"),
     ("linear", {"act_min": 2.0, "act_max": -1.0}, "act_min must not exceed act_max, got 2 and -1"),
+    (
+        "linear",
+        {"weight": T((2**31, 6)), "bias": None},
+        "weight must have fewer than 2147483648 rows and columns, got (2147483648, 6)",
+    ),
+    (
+        "avg_pool2d",
+        {"input": WIDE, "padding": [1, 1], "stride": [1, 1]},
+        "one image of output must have fewer than 2147483648 elements, got (536870912, 2, 2)",
+    ),
+    (
+        "im2col",
+        {"input": WIDE, "kernel_size": [2, 1], "padding": [1, 0]},
+        "one image of output must have fewer than 2147483648 elements, got (1073741824, 2, 1)",
+    ),
     ("avg_pool2d", {"kernel_size": [2]}, "kernel_size must have 2 values, got 1"),
     ("avg_pool2d", {"kernel_size": [0, 2]}, "kernel_size must be at least 1, got (0, 2)"),
     ("avg_pool2d", {"stride": [2, -1]}, "stride must be at least 1, got (2, -1)"),
@@ -546,6 +722,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("add", {"other": T((6, 2))}, "other must have the shape of input, (2, 6), got (6, 2)"),
     ("add", {"other": T((6,))}, "other must have the shape of input, (2, 6), got (6,)"),
     ("add", {"act_min": 2.0, "act_max": 1.0}, "act_min must not exceed act_max, got 2 and 1"),
+    ("add", {"act_min": NAN, "act_max": 1.0}, "act_min must not exceed act_max, got nan and 1"),
+    (
+        "add",
+        {"act_min": INFINITY, "act_max": 1e-7},
+        "act_min must not exceed act_max, got inf and 1e-07",
+    ),
+    ("im2col", {"kernel_size": [2, 2, 2]}, "kernel_size must have 2 values, got 3"),
     (
         "im2col",
         {"kernel_size": [9, 2]},
@@ -562,19 +745,23 @@ def arguments(op: str, change: dict[str, Any], device: str, elsewhere: str) -> l
         if not isinstance(value, T):
             return value
         where = elsewhere if value.elsewhere else device
-        if value.shape == LARGE:
-            return torch.ones(1, dtype=value.dtype, device=where).expand(LARGE)
+        if max(value.shape, default=0) > 2**15:  # without the memory
+            return torch.ones(1, dtype=value.dtype, device=where).expand(value.shape)
         return torch.ones(value.shape, dtype=value.dtype, device=where)
 
     return [make(value) for value in (GOOD[op] | change).values()]
 
 
 @pytest.mark.parametrize(
-    "kind", ["cpu", "fake", CUDA, pytest.param("fake cuda", marks=pytest.mark.cuda)]
+    "kind", ["cpu", "meta", "fake", CUDA, pytest.param("fake cuda", marks=pytest.mark.cuda)]
 )
 @pytest.mark.parametrize(("op", "change", "sentence"), BAD)
 def test_bad_arguments_get_one_sentence(op, change, sentence, kind):
-    device, elsewhere = ("cuda:0", "cpu") if "cuda" in kind else ("cpu", "meta")
+    device, elsewhere = {
+        "meta": ("meta", "cpu"),
+        "cpu": ("cpu", "meta"),
+        "fake": ("cpu", "meta"),
+    }.get(kind, ("cuda:0", "cpu"))
     if "fake" in kind:
         with FakeTensorMode():
             values = arguments(op, change, device, elsewhere)
@@ -595,6 +782,61 @@ def test_bad_arguments_get_one_sentence(op, change, sentence, kind):
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_good_arguments_are_good(op, device):
     getattr(RAW, op)(*arguments(op, {}, device, device))
+
+
+WRAPPER_OPTIONS: dict[str, dict[str, Any]] = {
+    "conv2d": {"groups": 2},
+    "avg_pool2d": {"kernel_size": 2},
+    "im2col": {"kernel_size": 2},
+}
+
+
+def wrapper_call(op: str, device: str = "cpu") -> tuple[dict[str, Tensor], Callable[..., Tensor]]:
+    """Good tensors for the public function of `op`, by name, and the function with its options."""
+    values = dict(zip(GOOD[op], arguments(op, {}, device, device), strict=True))
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    return tensors, functools.partial(getattr(ops, op), **WRAPPER_OPTIONS.get(op, {}))
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, name) for op, good in GOOD.items() for name in good if isinstance(good[name], T)],
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_requires_grad_is_refused_by_the_wrapper_alone(device, op, name):
+    with torch.inference_mode(False), torch.enable_grad():
+        tensors, call = wrapper_call(op, device)
+        tensors[name].requires_grad_()
+        with pytest.raises(RuntimeError) as caught:
+            call(**tensors)
+        assert str(caught.value) == (
+            f"torch_mbv2::{op}: an argument requires grad, but torch_mbv2 is for inference only: "
+            "call it under torch.inference_mode() (or torch.no_grad())"
+        )
+        getattr(RAW, op)(*(tensors.get(key, value) for key, value in GOOD[op].items()))
+        with torch.no_grad():
+            assert not call(**tensors).requires_grad
+        with torch.inference_mode():
+            call(**tensors)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "ReLU6", "", 6, 0.5, (1.0,), (0, 1, 2)], ids=repr)
+@pytest.mark.parametrize("op", ["conv2d", "conv2d_winograd", "linear", "add"])
+def test_unknown_activations_are_refused(op, activation):
+    tensors, call = wrapper_call(op)
+    with pytest.raises(RuntimeError) as caught:
+        call(**tensors, activation=activation)
+    assert str(caught.value) == (
+        f'torch_mbv2::{op}: activation must be None, "relu", "relu6" or (min, max), '
+        f"got {activation!r}"
+    )
+
+
+@pytest.mark.parametrize("op", ["conv2d", "conv2d_winograd", "linear", "add"])
+def test_bounds_in_the_wrong_order_are_refused_by_the_wrapper(op):
+    tensors, call = wrapper_call(op)
+    with pytest.raises(RuntimeError, match="act_min must not exceed act_max, got 2 and 1"):
+        call(**tensors, activation=(2, 1))
 
 
 # ------------------------------------------------------------------------------------ ecosystem
@@ -625,14 +867,16 @@ def network_weights(device: str, dtype: torch.dtype = torch.float32) -> list[Ten
     return [torch.randn(s, generator=generator).to(device, dtype) / 4 for s in shapes]
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiles_as_one_graph(device):
+def test_compiles_as_one_graph(device, dynamic):
     with torch.inference_mode(False), torch.no_grad():
         torch._dynamo.reset()
-        weights, x = network_weights(device), torch.randn(2, 3, 17, 16, device=device)
+        weights, x = network_weights(device), torch.randn(5, 3, 17, 16, device=device)
         backend = "inductor" if device == "cuda" else "aot_eager"
-        compiled = torch.compile(network, fullgraph=True, backend=backend)
+        compiled = torch.compile(network, fullgraph=True, backend=backend, dynamic=dynamic)
         torch.testing.assert_close(compiled(x, weights), network(x, weights))
+        torch.testing.assert_close(compiled(x[:3], weights), network(x[:3], weights))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -699,7 +943,7 @@ def test_runs_on_another_device():
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     ("op", "shapes", "options"),
-    [
+    [  # the shapes of the other tensors; None for x itself
         ("conv2d", ((64, 64, 1, 1), (64,)), {}),
         ("conv2d", ((64, 1, 3, 3), (64,)), {"padding": 1, "groups": 64}),
         ("conv2d", ((64, 1, 3, 2), (64,)), {"padding": 1, "groups": 64}),
@@ -728,3 +972,29 @@ def test_more_than_two_to_the_31_elements(op, shapes, options):
         ]
         expected = plain(op, *(t.double() for t in tensors), **options)
         testing.assert_close(got[part], expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("op", "weight"), [("conv2d", (8, 4, 3, 3)), ("im2col", None)])
+def test_more_than_two_to_the_31_elements_in_nchw(op, weight):
+    """What reads its input by strides, without a copy in channels_last."""
+    if torch.cuda.mem_get_info()[0] < 24e9:
+        pytest.skip("needs 24 GB of free GPU memory")
+    images = 2**31 // (4 * 8 * 8) + 5
+    x = torch.empty(images, 4, 8, 8, device="cuda", dtype=torch.float16).normal_()
+    options = {"stride": 2, "padding": 1} if weight else {"kernel_size": 2, "stride": 2}
+    others = [torch.randn(weight, device="cuda").half() / 6] if weight else []
+    got = getattr(ops, op)(x, *others, **options)
+    for part in (slice(0, 2), slice(images // 2, images // 2 + 2), slice(-2, None)):
+        expected = plain(op, *(t.double() for t in (x[part], *others)), **options)
+        testing.assert_close(got[part], expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_groups_than_a_grid_has_layers(dtype):
+    groups = 65535 + 70
+    x = torch.randn(3, groups * 2, 1, 1, device="cuda", dtype=dtype)
+    weight = torch.randn(groups, 2, 1, 1, device="cuda", dtype=dtype)
+    expected = (x.double().view(3, groups, 2) * weight.double().view(groups, 2)).sum(2)
+    testing.assert_close(ops.conv2d(x, weight, groups=groups)[:, :, 0, 0], expected)

@@ -156,28 +156,39 @@ def _as_channels_last(x: Tensor) -> Tensor:
 
 def _bounds(op: str, activation: Activation) -> tuple[float | None, float | None]:
     if activation is None or isinstance(activation, str):
-        if activation not in _ACTIVATIONS:
-            raise _fail(
-                op,
-                f'activation must be None, "relu", "relu6" or (min, max), got {activation!r}',
-            )
-        return _ACTIVATIONS[activation]
-    act_min, act_max = activation
-    return act_min, act_max
+        known = _ACTIVATIONS.get(activation)
+    else:
+        sequence = isinstance(activation, Sequence) and len(activation) == 2
+        known = tuple(activation) if sequence else None
+    if known is None:
+        raise _fail(
+            op, f'activation must be None, "relu", "relu6" or (min, max), got {activation!r}'
+        )
+    return known
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+def _ints(op: str, name: str, value: int | Sequence[int]) -> int | list[int]:
+    if isinstance(value, int | torch.SymInt):
+        return value
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise _fail(op, f"{name} must be an int or ints, got {value!r}")
+    return list(value)
 
 
-def _sides(padding: int | Sequence[int]) -> list[int]:
+def _pair(op: str, name: str, value: int | Sequence[int]) -> list[int]:
+    values = _ints(op, name, value)
+    return values if isinstance(values, list) else [values, values]
+
+
+def _sides(op: str, padding: int | Sequence[int]) -> list[int]:
     """p, (vertical, horizontal) as in F.conv2d, or (left, right, top, bottom) as in F.pad."""
-    if isinstance(padding, int):
-        return [padding] * 4
-    if len(padding) == 2:
-        vertical, horizontal = padding
+    values = _ints(op, "padding", padding)
+    if not isinstance(values, list):
+        return [values] * 4
+    if len(values) == 2:
+        vertical, horizontal = values
         return [horizontal, horizontal, vertical, vertical]
-    return list(padding)
+    return values
 
 
 # ---------------------------------------------------------------------------------------- conv2d
@@ -317,9 +328,9 @@ def conv2d(
         input,
         weight,
         bias,
-        _pair(stride),
-        _sides(padding),
-        _pair(dilation),
+        _pair("conv2d", "stride", stride),
+        _sides("conv2d", padding),
+        _pair("conv2d", "dilation", dilation),
         groups,
         act_min,
         act_max,
@@ -386,9 +397,10 @@ def conv2d_winograd(
     """3 x 3 dense convolution of stride 1 by Winograd's F(2x2, 3x3): 2.25 times fewer products.
 
     Equivalent: `conv2d(input, weight, bias, padding=padding, activation=activation)`. Transforms
-    and products are in float32 for every dtype. An input element that is infinite or NaN makes all
-    of the 2 x 2 output tiles NaN whose 4 x 4 patches hold it. Source: Lavin and Gray, "Fast
-    Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1.
+    and products are in float32 for every dtype. An input element that is infinite or NaN can reach
+    all four pixels of the 2 x 2 output tiles whose 4 x 4 patches hold it, and infinity can become
+    NaN. Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016,
+    section 4.1.
 
     Args:
         input: (N, Cin, H, W), float32, float16 or bfloat16.
@@ -405,7 +417,8 @@ def conv2d_winograd(
     """
     _refuse_grad("conv2d_winograd", input, weight, bias)
     act_min, act_max = _bounds("conv2d_winograd", activation)
-    return _conv2d_winograd(input, weight, bias, _sides(padding), act_min, act_max)
+    sides = _sides("conv2d_winograd", padding)
+    return _conv2d_winograd(input, weight, bias, sides, act_min, act_max)
 
 
 # ---------------------------------------------------------------------------------------- linear
@@ -599,12 +612,12 @@ def avg_pool2d(
         RuntimeError: an argument breaks a rule above, or requires grad in grad mode.
     """
     _refuse_grad("avg_pool2d", input)
-    kernel = _pair(kernel_size)
+    kernel = _pair("avg_pool2d", "kernel_size", kernel_size)
     return _avg_pool2d(
         input,
         kernel,
-        kernel if stride is None else _pair(stride),
-        _pair(padding),
+        kernel if stride is None else _pair("avg_pool2d", "stride", stride),
+        _pair("avg_pool2d", "padding", padding),
         ceil_mode,
         count_include_pad,
         divisor_override,
@@ -802,7 +815,13 @@ def im2col(
         RuntimeError: an argument breaks a rule above, or requires grad in grad mode.
     """
     _refuse_grad("im2col", input)
-    return _im2col(input, _pair(kernel_size), _pair(dilation), _pair(padding), _pair(stride))
+    return _im2col(
+        input,
+        _pair("im2col", "kernel_size", kernel_size),
+        _pair("im2col", "dilation", dilation),
+        _pair("im2col", "padding", padding),
+        _pair("im2col", "stride", stride),
+    )
 
 
 # With the schemas in place, the compiled library (where there is one) adds its CUDA kernels.
