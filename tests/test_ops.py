@@ -255,7 +255,9 @@ def check(op: str, tensors: list[Tensor | None], options: Mapping[str, Any]) -> 
     if got.is_cuda:  # the bounds are those of the kernels; stock rounds some results twice
         testing.assert_close(got, expected)
     stock = testing.relative_l2(plain(op, *tensors, **options), expected)
-    floor = testing.unit_roundoff(got.dtype) / 2
+    # A rounding as it is on average; Winograd's transforms round once more, which shows beside a
+    # direct sum of few products.
+    floor = testing.unit_roundoff(got.dtype) * (1 if op == "conv2d_winograd" else 0.5)
     assert testing.relative_l2(got, expected) <= testing.ERROR_RATIO * max(stock, floor)
     return got
 
