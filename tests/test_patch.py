@@ -572,3 +572,22 @@ def test_same_padding_gives_ceil_of_size_over_stride(size, kernel, stride, dilat
     assert out.shape[2:] == (-(-size // stride), -(-(size + 1) // stride))
     assert 0 <= pads[1] - pads[0] <= 1
     assert 0 <= pads[3] - pads[2] <= 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
+def test_one_image_without_a_batch(device):
+    stock = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.AvgPool2d(2)
+    )
+    stock = stock.to(device).eval()
+    x = images(1, 3, 9, 8, device=device)[0]
+    got = torch_mbv2.patch(stock)(x)
+    assert got.shape == (8, 4, 4)
+    assert relative(got, stock(x)) < 2e-6
+
+
+@pytest.mark.parametrize("verb", ["patch", "unpatch", "report"])
+def test_what_is_no_module_is_refused(verb):
+    with pytest.raises(torch_mbv2.Error, match=rf"^torch_mbv2\.{verb}: model must be a .*, got 3$"):
+        getattr(torch_mbv2, verb)(3)

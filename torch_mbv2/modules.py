@@ -67,7 +67,8 @@ def _activation_repr(act_min: float | None, act_max: float | None) -> str:
 class FusedConv2d(Swapped):
     """nn.Conv2d with the zero padding before it and the batch norm and activation after it.
 
-    Equivalent: `act(norm(conv(F.pad(x, padding))))`; see `ops.conv2d`.
+    Equivalent: `act(norm(conv(F.pad(x, padding))))`; see `ops.conv2d`. A (C, H, W) input is one
+    image, as for stock.
     """
 
     def __init__(
@@ -144,11 +145,12 @@ class FusedConv2d(Swapped):
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
         ops._refuse_grad("conv2d", input)
+        batched = input.unsqueeze(0) if input.dim() == 3 else input
         padding = self.padding
         if padding is None:
-            padding = same_padding(input, self.kernel_size, self.stride, self.dilation)
-        return ops._conv2d(
-            input,
+            padding = same_padding(batched, self.kernel_size, self.stride, self.dilation)
+        out = ops._conv2d(
+            batched,
             self.weight,
             self.bias,
             self.stride,
@@ -158,6 +160,7 @@ class FusedConv2d(Swapped):
             self.act_min,
             self.act_max,
         )
+        return out.squeeze(0) if input.dim() == 3 else out
 
     def extra_repr(self) -> str:
         return (

@@ -96,7 +96,7 @@ class Report:
         kernels = ", ".join(f"{n} {kernel}" for kernel, n in counts.most_common())
         folded = sum(row.kernel == "folded" for row in self.rows)
         parts = [
-            f"{len(self.patched)} layers on torch_mbv2 kernels" + f" ({kernels})" * bool(kernels)
+            f"{_layers(len(self.patched))} on torch_mbv2 kernels" + f" ({kernels})" * bool(kernels)
         ]
         parts.append(f"{folded} folded into them")
         parts.append(f"{len(self.stock)} stock")
@@ -126,6 +126,10 @@ class Report:
         if self.note is not None:
             lines.append(f"kernels run as stock PyTorch operators here: {self.note}")
         return "\n".join(lines)
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" + "s" * (count != 1)
 
 
 # ------------------------------------------------------------------------- rewritten forwards
@@ -679,6 +683,11 @@ def _through_identities(scope: _Scope, node: fx.Node) -> fx.Node:
 # ------------------------------------------------------------------------------------------- api
 
 
+def _require_module(verb: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise Error(f"torch_mbv2.{verb}: model must be a torch.nn.Module, got {model!r}")
+
+
 def _all(name: str, module: nn.Module) -> bool:
     return True
 
@@ -751,8 +760,9 @@ def patch(
         the same as patching the stock model with the new arguments.
 
     Raises:
-        Error: `model` is in training mode, `level` is unknown, or `strict` is not met.
+        Error: `model` is no module or in training mode, `level` is unknown, or `strict` is not met.
     """
+    _require_module("patch", model)
     if level not in LEVELS:
         raise Error(f"torch_mbv2.patch: level must be one of {LEVELS}, got {level!r}")
     training = next((name for name, m in model.named_modules() if m.training), None)
@@ -778,7 +788,8 @@ def patch(
             listed = "; ".join(f"{row.name}: {row.reason}" for row in left[:5])
             more = f"; and {len(left) - 5} more" if len(left) > 5 else ""
             raise Error(
-                f"torch_mbv2.patch: strict=True, but {len(left)} layers stay stock ({listed}{more})"
+                f"torch_mbv2.patch: strict=True, but {_layers(len(left))} would stay stock "
+                f"({listed}{more})"
             )
         if not inplace:
             return patched
@@ -900,6 +911,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     What was done to the patched model (`.to()`, `.half()`) is done to the stock layers too. A model
     that is not patched is just copied.
     """
+    _require_module("unpatch", model)
     box = nn.Sequential(copy.deepcopy(model))  # `model` itself may be a swapped layer
     _unpatch(box)
     return box[0]
@@ -925,6 +937,7 @@ def report(model: nn.Module) -> Report:
         One row for each layer: its name, kind and sizes, and the kernel that takes it or the reason
         why it stays stock. `str()` of it is a table.
     """
+    _require_module("report", model)
     if not any(isinstance(m, Swapped) or _REASON in m.__dict__ for m in model.modules()):
         if any(m.training for m in model.modules()):
             model = copy.deepcopy(model).eval()
