@@ -6,7 +6,6 @@ import difflib
 import os
 import socket
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -170,10 +169,10 @@ def _unreachable(url: str) -> str | None:
         with urllib.request.urlopen(request, timeout=TIMEOUT):
             return None
     except urllib.error.HTTPError as error:
-        return f"{url} answers {error.code}"
+        return f"its server answers {error.code}"
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        return f"{urllib.parse.urlsplit(url).hostname} cannot be reached: {reason}"
+        return f"its server cannot be reached: {reason}"
 
 
 @contextmanager
