@@ -1,5 +1,5 @@
-// Average pooling, NHWC. Both kernels accumulate in float32 and round once; both are bound by
-// device memory.
+// Average pooling, NHWC. Both kernels round once and are bound by device memory; windows are summed
+// in float32, whole images in float64.
 #include "common.cuh"
 
 namespace torch_mbv2 {
@@ -11,11 +11,11 @@ constexpr int kRun = 8;     // pixels summed in float32 before they join a sum i
 
 // output[n, c] = mean over pixels of input[n, pixel, c].
 //
-// A block owns one image and kLanes vectors of kV channels; thread (x, y) sums pixels y, y +
-// kSplits,
-// ... of vector x. Shared memory: double partial[kSplits][kLanes * kV], at most 16 KB; thread row 0
-// adds the kSplits partial sums in order, so that the result does not depend on timing. A mean of
-// thousands of pixels of either sign is small beside its terms: float32 alone would show it.
+// A block owns one image and kLanes vectors of kV channels; thread (x, y) sums every kSplits-th
+// pixel of vector x, from y on. Shared memory: double partial[kSplits][kLanes * kV], at most 16 KB;
+// thread row 0 adds the kSplits partial sums in order, so that the result does not depend on
+// timing. A mean of thousands of pixels of either sign is small beside its terms: float32 alone
+// would show it.
 template <typename T, int kV>
 __global__ void __launch_bounds__(kLanes* kSplits)
     global_pool(const __grid_constant__ GlobalPoolParams p, int slices, double scale) {

@@ -498,7 +498,7 @@ def test_sizes_that_are_no_integers_are_refused(call, sentence):
 
 
 class T(NamedTuple):
-    """A tensor to be made: of a dtype, on `other` than the device of the input, or expanded."""
+    """A tensor to be made, on the device of the input or `elsewhere`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
@@ -551,6 +551,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "stride": [1, 1],
     },
 }
+TENSORS = [(op, name) for op, good in GOOD.items() for name in good if isinstance(good[name], T)]
 LARGE = (1, 65536, 256, 128)
 WIDE = T((1, 2**29, 1, 1), torch.float16)  # too large only with its padding, and then just so
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -581,32 +582,19 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         )
     ),
     *(
-        (
-            op,
-            {name: T(GOOD[op][name].shape, torch.float16)},
-            f"{name} must have the dtype of input, float32, got float16",
+        (op, {name: GOOD[op][name]._replace(**change)}, f"{name} must {rule}")
+        for op, name in TENSORS
+        if name != "input"
+        for change, rule in (
+            (
+                {"dtype": torch.float16},
+                "have the dtype of input, float32, got float16",
+            ),
+            (
+                {"elsewhere": True},
+                "be on the device of input, {here}, got {elsewhere}",
+            ),
         )
-        for op, names in (
-            ("conv2d", ("weight", "bias")),
-            ("conv2d_winograd", ("weight", "bias")),
-            ("linear", ("weight", "bias")),
-            ("add", ("other",)),
-        )
-        for name in names
-    ),
-    *(
-        (
-            op,
-            {name: T(GOOD[op][name].shape, elsewhere=True)},
-            f"{name} must be on the device of input, {{here}}, got {{elsewhere}}",
-        )
-        for op, names in (
-            ("conv2d", ("weight", "bias")),
-            ("conv2d_winograd", ("weight", "bias")),
-            ("linear", ("weight", "bias")),
-            ("add", ("other",)),
-        )
-        for name in names
     ),
     *(
         (
@@ -811,10 +799,7 @@ def wrapper_call(op: str, device: str = "cpu") -> tuple[dict[str, Tensor], Calla
     return tensors, functools.partial(getattr(ops, op), **WRAPPER_OPTIONS.get(op, {}))
 
 
-@pytest.mark.parametrize(
-    ("op", "name"),
-    [(op, name) for op, good in GOOD.items() for name in good if isinstance(good[name], T)],
-)
+@pytest.mark.parametrize(("op", "name"), TENSORS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_requires_grad_is_refused_by_the_wrapper_alone(device, op, name):
     with torch.inference_mode(False), torch.enable_grad():

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from . import fold, ops
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
 
 class Swapped(nn.Module):
     """Base of all modules that stand for a stock one.
@@ -48,6 +46,11 @@ class Swapped(nn.Module):
                 f"torch_mbv2: {type(self).__name__} is for inference only: "
                 "call model.eval(), or train torch_mbv2.unpatch(model)"
             )
+
+
+def _batched(input: Tensor) -> Tensor:
+    """A (C, H, W) image as a batch of one; anything else as it is, for the op to judge."""
+    return input.unsqueeze(0) if input.dim() == 3 else input
 
 
 def _frozen(x: Tensor | None) -> nn.Parameter | None:
@@ -145,7 +148,7 @@ class FusedConv2d(Swapped):
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
         ops._refuse_grad("conv2d", input)
-        batched = input.unsqueeze(0) if input.dim() == 3 else input
+        batched = _batched(input)
         padding = self.padding
         if padding is None:
             padding = same_padding(batched, self.kernel_size, self.stride, self.dilation)
@@ -276,9 +279,8 @@ class AvgPool2d(Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
-        batched = input if input.dim() == 4 else input.unsqueeze(0)
         out = ops.avg_pool2d(
-            batched,
+            _batched(input),
             self.kernel_size,
             self.stride,
             self.padding,
@@ -286,7 +288,7 @@ class AvgPool2d(Swapped):
             self.count_include_pad,
             self.divisor_override,
         )
-        return out if input.dim() == 4 else out.squeeze(0)
+        return out.squeeze(0) if input.dim() == 3 else out
 
     def extra_repr(self) -> str:
         return (
@@ -323,7 +325,7 @@ class GlobalAvgPool2d(Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
-        if input.dim() != 4 or input.dtype not in _FLOATS:
+        if input.dim() != 4 or input.dtype not in ops.DTYPES:
             return input.mean(self.dims, keepdim=self.keepdim)
         return ops.global_avg_pool2d(input, self.keepdim)
 
@@ -362,7 +364,7 @@ class Add(Swapped):
             and isinstance(other, Tensor)
             and input.shape == other.shape
             and input.dtype == other.dtype
-            and input.dtype in _FLOATS
+            and input.dtype in ops.DTYPES
         ):
             ops._refuse_grad("add", input, other)
             return ops._add(input, other, self.act_min, self.act_max)

@@ -3,9 +3,9 @@ PyTorch implementation, fake (shapes and strides without data) and documented wr
 
 The wrappers take what the `torch.nn.functional` namesakes take, plus `activation`: None, "relu",
 "relu6", or (min, max) with None for an open side. Every op takes float32, float16 and bfloat16,
-accumulates in float32, rounds once, and is for inference only. The stock implementation serves
-every device; the compiled library replaces it on CUDA. Both, and the fake, refuse bad arguments
-with the same sentence.
+accumulates in float32 or better, rounds once, and is for inference only. The stock implementation
+serves every device; the compiled library replaces it on CUDA. Both, and the fake, refuse bad
+arguments with the same sentence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ACTIVATIONS: dict[str | None, tuple[float | None, float | None]] = {
     "relu": (0.0, None),
     "relu6": (0.0, 6.0),
 }
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _library = torch.library.Library("torch_mbv2", "DEF")
 
@@ -66,7 +66,7 @@ def _shape(x: Tensor) -> str:
 
 
 def _check_float(op: str, input: Tensor) -> None:
-    if input.dtype not in _DTYPES:
+    if input.dtype not in DTYPES:
         raise _fail(op, f"input must be float32, float16 or bfloat16, got {_name(input.dtype)}")
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from . import _extension, fold, modules
+from . import _extension, fold, modules, ops
 from .errors import Error
 from .mobilenet import SamePad2d
 from .modules import Swapped
@@ -35,13 +35,14 @@ from .modules import Swapped
 FilterFn = Callable[[str, nn.Module], bool]
 
 LEVELS = ("op", "block")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: The attribute under which a module that stays stock says why, and a module whose forward has
 #: function calls that stay stock lists them.
 _REASON = "torch_mbv2_reason"
 _CALLS = "torch_mbv2_calls"
 #: Stock modules that a kernel exists for; `strict` insists on these.
 _SUPPORTED = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm2d)
+#: The functions that do the same; `report` lists the calls that stay stock.
+_FUNCTIONS = (F.conv2d, F.linear, F.avg_pool2d, F.adaptive_avg_pool2d, torch.conv2d)
 
 
 # ---------------------------------------------------------------------------------------- report
@@ -334,7 +335,7 @@ def _untouchable(module: nn.Module, name: str, filter_fn: FilterFn) -> str | Non
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
     for t in floats:
-        if t.dtype not in _DTYPES:
+        if t.dtype not in ops.DTYPES:
             return f"dtype {str(t.dtype).removeprefix('torch.')} has no kernel"
         if t.device.type == "cuda" and not _extension.is_available():
             return f"the CUDA kernels cannot run: {_extension.why_not_available()}"
@@ -810,7 +811,7 @@ def _patch(model: nn.Module, filter_fn: FilterFn) -> None:
         if scope.rewritten:
             graph.lint()
             _set_forward(module, graph)
-        left = [_call_name(node) for node in graph.nodes if _could_run(scope, node)]
+        left = [_call_name(node) for node in graph.nodes if _calls(node, _FUNCTIONS)]
         if left:
             module.__dict__[_CALLS] = left
     _swap_untraced(model, calls, filter_fn, reasons)
@@ -820,13 +821,6 @@ def _patch(model: nn.Module, filter_fn: FilterFn) -> None:
         reason = reasons.get(id(module)) or _why_stock(module, name, filter_fn)
         if reason is not None:
             module.__dict__[_REASON] = reason
-
-
-def _could_run(scope: _Scope, node: fx.Node) -> bool:
-    return _calls(
-        node,
-        (F.conv2d, F.linear, F.avg_pool2d, F.adaptive_avg_pool2d, torch.conv2d),
-    )
 
 
 def _call_name(node: fx.Node) -> str:
