@@ -100,10 +100,10 @@ bool is_supported(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
 }
 
-void check_float(const char* op, const Tensor& input) {
-  const ScalarType type = input.scalar_type();
+void check_float(const char* op, const Tensor& x, const char* what = "input") {
+  const ScalarType type = x.scalar_type();
   if (!is_supported(type)) {
-    fail(op, "input must be float32, float16 or bfloat16, got ", name(type));
+    fail(op, what, " must be float32, float16 or bfloat16, got ", name(type));
   }
 }
 
@@ -121,22 +121,50 @@ void check_image(const char* op, const Tensor& input) {
   check_size(op, "input", input.size(1), input.size(2), input.size(3));
 }
 
-void check_alike(const char* op, const char* what, const Tensor& x, const Tensor& input) {
-  if (x.scalar_type() != input.scalar_type()) {
-    fail(op, what, " must have the dtype of input, ", name(input.scalar_type()), ", got ",
-         name(x.scalar_type()));
+// The tensor whose dtype others must have.
+struct Like {
+  const char* what;
+  const Tensor& tensor;
+};
+
+void check_alike(const char* op, const std::string& what, const Tensor& x, const Tensor& input,
+                 const Like& like) {
+  if (x.scalar_type() != like.tensor.scalar_type()) {
+    fail(op, what, " must have the dtype of ", like.what, ", ", name(like.tensor.scalar_type()),
+         ", got ", name(x.scalar_type()));
   }
   if (device(x) != device(input)) {
     fail(op, what, " must be on the device of input, ", device(input), ", got ", device(x));
   }
 }
 
+void check_alike(const char* op, const std::string& what, const Tensor& x, const Tensor& input) {
+  check_alike(op, what, x, input, {"input", input});
+}
+
+// `part` is what comes before "bias" and "weight" in the arguments' names.
+void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t channels,
+                const Tensor& input, const std::string& part, const Like& like) {
+  if (!bias) return;
+  check_alike(op, part + "bias", *bias, input, like);
+  if (bias->dim() != 1 || bias->size(0) != channels) {
+    fail(op, part, "bias must have shape (", channels, ",) from ", part, "weight, got ",
+         shape(*bias));
+  }
+}
+
 void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t channels,
                 const Tensor& input) {
-  if (!bias) return;
-  check_alike(op, "bias", *bias, input);
-  if (bias->dim() != 1 || bias->size(0) != channels) {
-    fail(op, "bias must have shape (", channels, ",) from weight, got ", shape(*bias));
+  check_bias(op, bias, channels, input, "", {"input", input});
+}
+
+void check_channels(const char* op, const Tensor& input) {
+  if (input.size(1) < 1) fail(op, "input must have at least one channel, got ", shape(input));
+}
+
+void check_pixels(const char* op, const Tensor& input) {
+  if (input.size(2) < 1 || input.size(3) < 1) {
+    fail(op, "input must have at least one pixel, got ", shape(input));
   }
 }
 
@@ -159,10 +187,11 @@ void check_activation(const char* op, Bound act_min, Bound act_max) {
 }
 
 void check_kernel_fits(const char* op, int64_t height, int64_t width, int64_t kernel_h,
-                       int64_t kernel_w) {
+                       int64_t kernel_w, const char* kernel = "kernel",
+                       const char* image = "input") {
   if (kernel_h < 1 || kernel_w < 1 || height < kernel_h || width < kernel_w) {
-    fail(op, "the kernel must fit into the padded input: dilated kernel ",
-         tuple(Ints{kernel_h, kernel_w}), ", padded input ", tuple(Ints{height, width}));
+    fail(op, "the ", kernel, " must fit into the padded ", image, ": dilated kernel ",
+         tuple(Ints{kernel_h, kernel_w}), ", padded ", image, " ", tuple(Ints{height, width}));
   }
 }
 
@@ -232,7 +261,7 @@ ConvParams conv_params(const char* op, const Tensor& input, const Tensor& weight
   check_ints(op, "stride", stride, 2, 1);
   check_ints(op, "padding", padding, 4, 0);
   check_ints(op, "dilation", dilation, 2, 1);
-  if (input.size(1) < 1) fail(op, "input must have at least one channel, got ", shape(input));
+  check_channels(op, input);
   if (weight.dim() != 4) {
     fail(op, "weight must have shape (Cout, Cin / groups, kH, kW), got ", shape(weight));
   }
@@ -488,9 +517,7 @@ Tensor avg_pool2d(Tensor input, Ints kernel_size, Ints stride, Ints padding, boo
 Tensor global_avg_pool2d(Tensor input, bool keepdim) {
   const char* op = "global_avg_pool2d";
   check_image(op, input);
-  if (input.size(2) < 1 || input.size(3) < 1) {
-    fail(op, "input must have at least one pixel, got ", shape(input));
-  }
+  check_pixels(op, input);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const int64_t batch = input.size(0), channels = input.size(1);
   Tensor output = keepdim ? empty(input, {batch, channels, 1, 1}, MemoryFormat::ChannelsLast)
@@ -527,6 +554,285 @@ Tensor add(Tensor input, Tensor other, Bound act_min, Bound act_max) {
   const AddParams p = {input.data_ptr(), other.data_ptr(),        output.data_ptr(),
                        output.numel(),   clamp(act_min, act_max), dtype_of(input)};
   check_launch(op, torch_mbv2::add(p, stream));
+  return output;
+}
+
+// --------------------------------------------------------------------------------------- blocks
+
+void check_fills(const char* op, const char* what, const Tensor& weight) {
+  if (weight.size(0) < 1) {
+    fail(op, what, " must have at least one output channel, got ", shape(weight));
+  }
+}
+
+void check_depthwise(const char* op, const Tensor& weight, int64_t channels, const char* source) {
+  if (weight.dim() != 4 || weight.size(0) != channels || weight.size(1) != 1) {
+    fail(op, "depthwise_weight must have shape (", channels, ", 1, kH, kW) from ", source, ", got ",
+         shape(weight));
+  }
+}
+
+bool is_pointwise(const Tensor& weight, int64_t channels) {
+  return weight.dim() == 4 && weight.size(1) == channels && weight.size(2) == 1 &&
+         weight.size(3) == 1;
+}
+
+void check_project(const char* op, const Tensor& weight, int64_t channels) {
+  if (!is_pointwise(weight, channels)) {
+    fail(op, "project_weight must have shape (Cout, ", channels,
+         ", 1, 1) from depthwise_weight, got ", shape(weight));
+  }
+}
+
+void check_packed(const char* op, const std::optional<Tensor>& packed, const Tensor& input,
+                  const Like& like) {
+  if (!packed) return;
+  check_alike(op, "packed", *packed, input, like);
+  if (packed->dim() != 1) fail(op, "packed must have shape (L,), got ", shape(*packed));
+}
+
+// Whether the fused kernel takes a block with these packed weights.
+bool is_fused(const char* op, const InvertedResidualParams& p, const std::optional<Tensor>& packed) {
+  if (!packed || p.act.lo != 0) return false;
+  const int64_t bytes = inverted_residual_packed_bytes(p);
+  if (bytes < 0) return false;
+  if (packed->numel() * 2 != bytes) {
+    fail(op, "packed must have shape (", bytes / 2, ",) for these weights, as torch_mbv2.packing "
+         "makes it, got ", shape(*packed));
+  }
+  const bool aligned = reinterpret_cast<uintptr_t>(packed->data_ptr()) % 16 == 0;
+  return packed->is_contiguous() && aligned && inverted_residual_fits(p);
+}
+
+// What the fused kernel takes for granted of the depthwise convolution.
+bool has_fused_window(const Tensor& depthwise_weight, const Ints& padding) {
+  return depthwise_weight.size(2) == 3 && depthwise_weight.size(3) == 3 && padding[0] <= 64 &&
+         padding[2] <= 64;
+}
+
+Tensor inverted_residual(Tensor input, std::optional<Tensor> expand_weight,
+                         std::optional<Tensor> expand_bias, Tensor depthwise_weight,
+                         std::optional<Tensor> depthwise_bias, Tensor project_weight,
+                         std::optional<Tensor> project_bias, std::optional<Tensor> packed,
+                         Ints stride, Ints padding, bool residual, Bound act_min, Bound act_max) {
+  const char* op = "inverted_residual";
+  check_image(op, input);
+  check_channels(op, input);
+  const int64_t batch = input.size(0), channels = input.size(1);
+  const int64_t height = input.size(2), width = input.size(3);
+  if (expand_weight) check_alike(op, "expand_weight", *expand_weight, input);
+  check_alike(op, "depthwise_weight", depthwise_weight, input);
+  check_alike(op, "project_weight", project_weight, input);
+  int64_t expanded = channels;
+  if (expand_weight) {
+    if (!is_pointwise(*expand_weight, channels)) {
+      fail(op, "expand_weight must have shape (E, ", channels, ", 1, 1) from input, got ",
+           shape(*expand_weight));
+    }
+    check_fills(op, "expand_weight", *expand_weight);
+    expanded = expand_weight->size(0);
+  }
+  check_depthwise(op, depthwise_weight, expanded, expand_weight ? "expand_weight" : "input");
+  check_project(op, project_weight, expanded);
+  if (!expand_weight && expand_bias) {
+    fail(op, "expand_bias must be None where expand_weight is None");
+  }
+  const Like like = {"input", input};
+  const int64_t out_channels = project_weight.size(0);
+  check_bias(op, expand_bias, expanded, input, "expand_", like);
+  check_bias(op, depthwise_bias, expanded, input, "depthwise_", like);
+  check_bias(op, project_bias, out_channels, input, "project_", like);
+  check_packed(op, packed, input, like);
+  check_ints(op, "stride", stride, 2, 1);
+  check_ints(op, "padding", padding, 4, 0);
+  check_activation(op, act_min, act_max);
+  const int64_t kernel_h = depthwise_weight.size(2), kernel_w = depthwise_weight.size(3);
+  const int64_t padded_h = height + padding[2] + padding[3];
+  const int64_t padded_w = width + padding[0] + padding[1];
+  check_kernel_fits(op, padded_h, padded_w, kernel_h, kernel_w);
+  const int64_t out_h = (padded_h - kernel_h) / stride[0] + 1;
+  const int64_t out_w = (padded_w - kernel_w) / stride[1] + 1;
+  check_size(op, "expanded input", expanded, height, width);
+  check_size(op, "depthwise output", expanded, out_h, out_w);
+  check_size(op, "output", out_channels, out_h, out_w);
+  if (residual && (out_channels != channels || out_h != height || out_w != width)) {
+    fail(op, "residual needs an output of the shape of input, ", shape(input), ", got ",
+         tuple(Ints{batch, out_channels, out_h, out_w}));
+  }
+
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  if (has_fused_window(depthwise_weight, padding) && stride[0] == stride[1]) {
+    InvertedResidualParams p{};
+    p.batch = batch;
+    p.height = p.expanded_h = int(height);
+    p.width = p.expanded_w = int(width);
+    p.in_channels = int(channels);
+    p.expanded = int(expanded);
+    p.out_h = int(out_h);
+    p.out_w = int(out_w);
+    p.out_channels = int(out_channels);
+    p.stride = int(stride[0]);
+    p.pad_left = int(padding[0]);
+    p.pad_top = int(padding[2]);
+    p.expands = expand_weight.has_value();
+    p.residual = residual;
+    p.act = clamp(act_min, act_max);
+    p.dtype = dtype_of(input);
+    if (is_fused(op, p, packed)) {
+      Tensor output = empty(input, {batch, out_channels, out_h, out_w}, MemoryFormat::ChannelsLast);
+      if (output.numel() == 0) return output;
+      input = dense_nhwc(input);
+      const bool aligned = reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 == 0;
+      if (!aligned) input = torch::stable::clone(input);
+      p.input = input.data_ptr();
+      p.packed = packed->data_ptr();
+      p.output = output.data_ptr();
+      check_launch(op, torch_mbv2::inverted_residual(p, current_stream(input)));
+      return output;
+    }
+  }
+  const Ints ones = {1, 1}, none = {0, 0, 0, 0};
+  Tensor y = input;
+  if (expand_weight) {
+    y = conv2d(y, *expand_weight, expand_bias, ones, none, ones, 1, act_min, act_max);
+  }
+  y = conv2d(y, depthwise_weight, depthwise_bias, stride, padding, ones, expanded, act_min, act_max);
+  y = conv2d(y, project_weight, project_bias, ones, none, ones, 1, std::nullopt, std::nullopt);
+  return residual ? add(input, y, std::nullopt, std::nullopt) : y;
+}
+
+Tensor stem_block(Tensor input, Tensor stem_weight, std::optional<Tensor> stem_bias,
+                  Tensor depthwise_weight, std::optional<Tensor> depthwise_bias,
+                  Tensor project_weight, std::optional<Tensor> project_bias,
+                  std::optional<Tensor> packed, Ints stem_stride, Ints stem_padding, Ints padding,
+                  Bound act_min, Bound act_max) {
+  const char* op = "stem_block";
+  check_image(op, input);
+  check_channels(op, input);
+  const int64_t batch = input.size(0), channels = input.size(1);
+  const int64_t height = input.size(2), width = input.size(3);
+  const Like like = {"stem_weight", stem_weight};
+  check_float(op, stem_weight, "stem_weight");
+  check_alike(op, "stem_weight", stem_weight, input, like);
+  check_alike(op, "depthwise_weight", depthwise_weight, input, like);
+  check_alike(op, "project_weight", project_weight, input, like);
+  if (stem_weight.dim() != 4 || stem_weight.size(1) != channels) {
+    fail(op, "stem_weight must have shape (S, ", channels, ", kH, kW) from input, got ",
+         shape(stem_weight));
+  }
+  check_fills(op, "stem_weight", stem_weight);
+  const int64_t hidden = stem_weight.size(0), out_channels = project_weight.size(0);
+  const int64_t stem_h = stem_weight.size(2), stem_w = stem_weight.size(3);
+  check_depthwise(op, depthwise_weight, hidden, "stem_weight");
+  check_project(op, project_weight, hidden);
+  check_bias(op, stem_bias, hidden, input, "stem_", like);
+  check_bias(op, depthwise_bias, hidden, input, "depthwise_", like);
+  check_bias(op, project_bias, out_channels, input, "project_", like);
+  check_packed(op, packed, input, like);
+  check_ints(op, "stem_stride", stem_stride, 2, 1);
+  check_ints(op, "stem_padding", stem_padding, 4, 0);
+  check_ints(op, "padding", padding, 4, 0);
+  check_activation(op, act_min, act_max);
+  int64_t padded_h = height + stem_padding[2] + stem_padding[3];
+  int64_t padded_w = width + stem_padding[0] + stem_padding[1];
+  check_kernel_fits(op, padded_h, padded_w, stem_h, stem_w, "stem kernel");
+  const int64_t hidden_h = (padded_h - stem_h) / stem_stride[0] + 1;
+  const int64_t hidden_w = (padded_w - stem_w) / stem_stride[1] + 1;
+  const int64_t kernel_h = depthwise_weight.size(2), kernel_w = depthwise_weight.size(3);
+  padded_h = hidden_h + padding[2] + padding[3];
+  padded_w = hidden_w + padding[0] + padding[1];
+  check_kernel_fits(op, padded_h, padded_w, kernel_h, kernel_w, "depthwise kernel", "stem output");
+  const int64_t out_h = padded_h - kernel_h + 1, out_w = padded_w - kernel_w + 1;
+  check_size(op, "stem output", hidden, hidden_h, hidden_w);
+  check_size(op, "depthwise output", hidden, out_h, out_w);
+  check_size(op, "output", out_channels, out_h, out_w);
+
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const Ints twos = {2, 2}, ones = {1, 1}, none = {0, 0, 0, 0};
+  if (has_fused_window(depthwise_weight, padding) && stem_h == 3 && stem_w == 3 &&
+      stem_stride == twos && channels <= 4 && stem_padding[0] <= 64 && stem_padding[2] <= 64 &&
+      has_small_images(input)) {
+    InvertedResidualParams p{};
+    p.batch = batch;
+    p.height = int(height);
+    p.width = int(width);
+    p.in_channels = int(channels);
+    p.expanded = int(hidden);
+    p.expanded_h = int(hidden_h);
+    p.expanded_w = int(hidden_w);
+    p.out_h = int(out_h);
+    p.out_w = int(out_w);
+    p.out_channels = int(out_channels);
+    p.stride = 1;
+    p.pad_left = int(padding[0]);
+    p.pad_top = int(padding[2]);
+    p.expands = p.stem = true;
+    p.stem_left = int(stem_padding[0]);
+    p.stem_top = int(stem_padding[2]);
+    p.stride_n = input.stride(0);
+    p.stride_c = int(input.stride(1));
+    p.stride_h = int(input.stride(2));
+    p.stride_w = int(input.stride(3));
+    p.image_dtype = dtype_of(input);
+    p.act = clamp(act_min, act_max);
+    p.dtype = dtype_of(stem_weight);
+    if (is_fused(op, p, packed)) {
+      Tensor output =
+          empty(stem_weight, {batch, out_channels, out_h, out_w}, MemoryFormat::ChannelsLast);
+      if (output.numel() == 0) return output;
+      p.input = input.data_ptr();
+      p.packed = packed->data_ptr();
+      p.output = output.data_ptr();
+      check_launch(op, torch_mbv2::inverted_residual(p, current_stream(input)));
+      return output;
+    }
+  }
+  Tensor y = input;
+  if (input.scalar_type() != stem_weight.scalar_type()) {
+    y = torch::stable::empty(input.sizes(), stem_weight.scalar_type(), std::nullopt, input.device(),
+                             std::nullopt, MemoryFormat::ChannelsLast);
+    torch::stable::copy_(y, input);
+  }
+  y = conv2d(y, stem_weight, stem_bias, stem_stride, stem_padding, ones, 1, act_min, act_max);
+  y = conv2d(y, depthwise_weight, depthwise_bias, ones, padding, ones, hidden, act_min, act_max);
+  return conv2d(y, project_weight, project_bias, ones, none, ones, 1, std::nullopt, std::nullopt);
+}
+
+Tensor conv_pool(Tensor input, Tensor weight, std::optional<Tensor> bias, Bound act_min,
+                 Bound act_max) {
+  const char* op = "conv_pool";
+  check_image(op, input);
+  check_channels(op, input);
+  check_pixels(op, input);
+  check_alike(op, "weight", weight, input);
+  if (!is_pointwise(weight, input.size(1))) {
+    fail(op, "weight must have shape (Cout, ", input.size(1), ", 1, 1) from input, got ",
+         shape(weight));
+  }
+  const int64_t out_channels = weight.size(0);
+  check_bias(op, bias, out_channels, input);
+  check_activation(op, act_min, act_max);
+  check_size(op, "convolution output", out_channels, input.size(2), input.size(3));
+
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  Tensor output = empty(input, {input.size(0), out_channels});
+  if (output.numel() == 0) return output;
+  const cudaStream_t stream = current_stream(input);
+  input = dense_nhwc(input);
+  weight = dense(weight);
+  if (bias) bias = dense(*bias);
+  ConvPoolParams p{};
+  p.input = input.data_ptr();
+  p.weight = weight.data_ptr();
+  p.bias = pointer(bias);
+  p.output = output.data_ptr();
+  p.batch = input.size(0);
+  p.pixels = int(input.size(2) * input.size(3));
+  p.k = int(input.size(1));
+  p.n = int(out_channels);
+  p.act = clamp(act_min, act_max);
+  p.dtype = dtype_of(input);
+  check_launch(op, torch_mbv2::conv_pool(p, stream));
   return output;
 }
 
@@ -588,5 +894,8 @@ STABLE_TORCH_LIBRARY_IMPL(torch_mbv2, CUDA, m) {
   m.impl("avg_pool2d", TORCH_BOX(&torch_mbv2::bindings::avg_pool2d));
   m.impl("global_avg_pool2d", TORCH_BOX(&torch_mbv2::bindings::global_avg_pool2d));
   m.impl("add", TORCH_BOX(&torch_mbv2::bindings::add));
+  m.impl("inverted_residual", TORCH_BOX(&torch_mbv2::bindings::inverted_residual));
+  m.impl("stem_block", TORCH_BOX(&torch_mbv2::bindings::stem_block));
+  m.impl("conv_pool", TORCH_BOX(&torch_mbv2::bindings::conv_pool));
   m.impl("im2col", TORCH_BOX(&torch_mbv2::bindings::im2col));
 }

@@ -71,6 +71,36 @@ cudaError_t conv_depthwise(const ConvParams& p, cudaStream_t stream);
 int64_t conv_winograd_workspace(const ConvParams& p);
 cudaError_t conv_winograd(const ConvParams& p, void* workspace, cudaStream_t stream);
 
+// A whole inverted residual, or the stem and the first block of a network: see
+// inverted_residual.cuh. float16 and bfloat16 only; a 3x3 depthwise convolution of stride 1 or 2.
+struct InvertedResidualParams {
+  const void* input;   // NHWC, dense; for a stem an image with the strides and the dtype below
+  const void* packed;  // packing.py's, 16-byte aligned
+  void* output;        // NHWC, dense
+  int64_t batch;
+  int height, width, in_channels;
+  int expanded;              // channels of the depthwise convolution
+  int expanded_h, expanded_w;  // size of its input
+  int out_h, out_w, out_channels;
+  int stride;
+  int pad_top, pad_left;
+  bool expands;  // false: there is no expansion, expanded == in_channels
+  bool stem;     // the expansion is a 3x3 convolution of stride 2 of at most 4 channels
+  int stem_top, stem_left;  // its padding
+  int64_t stride_n;         // element strides of its image
+  int stride_h, stride_w, stride_c;
+  DType image_dtype;
+  bool residual;
+  Clamp act;
+  DType dtype;
+};
+// Bytes of the packed weights, or -1 where no kernel serves these channels, strides or dtype.
+int64_t inverted_residual_packed_bytes(const InvertedResidualParams& p);
+// Whether a tile of the kernel fits the shared memory of the current device.
+bool inverted_residual_fits(const InvertedResidualParams& p);
+// Only where both of the above say yes.
+cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stream);
+
 // Average pooling. The window of output row i is rows [i * stride_h - pad_h, ... + kernel_h), cut
 // to the input; the divisor is `divisor_override` if not 0, else the window's size cut to the
 // padded input (count_include_pad) or to the input.
@@ -88,6 +118,20 @@ struct PoolParams {
   DType dtype;
 };
 cudaError_t avg_pool2d(const PoolParams& p, cudaStream_t stream);
+
+// output[n, c] = mean over pixels of clamp(sum_k input[n, pixel, k] * weight[c, k] + bias[c]); the
+// map before the mean is never stored.
+struct ConvPoolParams {
+  const void* input;   // (batch, pixels, k), NHWC, dense
+  const void* weight;  // (n, k), dense
+  const void* bias;    // (n) or null
+  void* output;        // (batch, n), dense
+  int64_t batch;
+  int pixels, k, n;
+  Clamp act;
+  DType dtype;
+};
+cudaError_t conv_pool(const ConvPoolParams& p, cudaStream_t stream);
 
 // output[n, c] = mean over pixels of input[n, pixel, c]; input (batch, pixels, channels) dense.
 struct GlobalPoolParams {

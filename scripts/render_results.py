@@ -1,6 +1,6 @@
 """Writes the tables of README.md between its markers from scripts/results/*.json, which
-`python -m torch_mbv2 bench MODEL --json FILE` makes. With --check it only says, by exit status 1,
-whether the README is out of date.
+`python -m torch_mbv2 bench MODEL --json FILE` and `scripts/bench_blocks.py --json FILE` make. With
+--check it only says, by exit status 1, whether the README is out of date.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def render(result: dict[str, Any]) -> str:
-    """One result of `bench` as Markdown: where it ran, and a row for each dtype and batch size."""
+    """One result as Markdown: where it ran, and its tables."""
+    return _blocks(result) if result.get("verb") == "bench_blocks" else _bench(result)
+
+
+def _bench(result: dict[str, Any]) -> str:
+    """A row for each dtype and batch size."""
     cuda = result["device"] == "cuda"
     mode = "graph" if cuda else "eager"
     rows = {(r["dtype"], r["batch"], r["mode"], r["contender"]): r for r in result["rows"]}
@@ -69,12 +74,22 @@ def render(result: dict[str, Any]) -> str:
                 f"{plain['median_ms'] / patched['median_ms']:.2f}x",
                 _agreement(patched),
             ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(_line(cells))
     return "\n".join(lines)
 
 
 def _heading(result: dict[str, Any]) -> str:
-    found, model = result["environment"], result["model"]
+    model = result["model"]
+    height, width = model["input"]
+    return (
+        f"{model['name']}, {height}x{width}, on {_where(result)} "
+        "Stock is channels_last with batch norms folded."
+    )
+
+
+def _where(result: dict[str, Any]) -> str:
+    """Machine, versions, commit, and how the times were taken."""
+    found = result["environment"]
     if result["device"] == "cuda":
         machine = f"{found['gpus'][0]['name']}, driver {found['driver']}"
         versions = f"torch {found['torch']}, CUDA {found['cuda']}, cuDNN {found['cudnn']}"
@@ -82,13 +97,79 @@ def _heading(result: dict[str, Any]) -> str:
     else:
         machine = f"{found['cpu']}, {found['threads']} threads"
         versions, settings = f"torch {found['torch']}", "wall time"
-    height, width = model["input"]
     return (
-        f"{model['name']}, {height}x{width}, on {machine}; {versions}; "
-        f"commit {_short(found['commit'])}, {result['date'][:10]}. "
+        f"{machine}; {versions}; commit {_short(found['commit'])}, {result['date'][:10]}. "
         f"Medians of {result['settings']['rounds']} interleaved rounds (quartiles); {settings}; "
-        "warm caches. Stock is channels_last with batch norms folded."
+        "warm caches."
     )
+
+
+def _blocks(result: dict[str, Any]) -> str:
+    """A table of the pieces for each dtype, with columns for each batch size, and one of the
+    network, with columns for each contender."""
+    model, cuda = result["model"], result["device"] == "cuda"
+    parts = [
+        f"{model['name']}, width {model['width']:g}, {model['resolution']}x{model['resolution']}, "
+        f"on {_where(result).replace(' (quartiles)', '')} Both sides are "
+        f"{'CUDA graphs' if cuda else 'eager'}; stock is channels_last with batch norms folded."
+    ]
+    dtypes = dict.fromkeys(row["dtype"] for row in result["pieces"])
+    parts += [_pieces(result, dtype) for dtype in dtypes]
+    if result["network"]:
+        parts.append(_network(result))
+    return "\n\n".join(parts)
+
+
+def _pieces(result: dict[str, Any], dtype: str) -> str:
+    rows = {(r["piece"], r["batch"]): r for r in result["pieces"] if r["dtype"] == dtype}
+    totals = {r["batch"]: r for r in result["totals"] if r["dtype"] == dtype}
+    header, rule = [dtype], ["---"]
+    for batch in totals:
+        header += [f"batch {batch}: us", "stock us", "ratio", "of floor"]
+        rule += ["--:"] * 4
+    lines = [_line(header), f"|{'|'.join(rule)}|"]
+    for piece in dict.fromkeys(name for name, _ in rows):
+        cells = [piece]
+        for batch in totals:
+            row = rows[piece, batch]
+            wrong = "" if row["agrees"] else " **DISAGREES**"
+            floor = "" if row["of_floor"] is None else f"{row['of_floor']:.2f}"
+            cells += [f"{row['us']:.1f}{wrong}", f"{row['stock_us']:.1f}"]
+            cells += [f"**{row['ratio']:.2f}x**", floor]
+        lines.append(_line(cells))
+    cells = ["sum; geometric mean"]
+    for row in totals.values():
+        cells += [f"{row['us']:.1f}", f"{row['stock_us']:.1f}"]
+        cells += [f"**{row['geometric_mean']:.2f}x**", ""]
+    lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _network(result: dict[str, Any]) -> str:
+    rows = {(r["dtype"], r["batch"], r["contender"]): r for r in result["network"]}
+    peaks = {(r["dtype"], r["batch"], r["contender"]): r["peak_mib"] for r in result["memory"]}
+    contenders = list(dict.fromkeys(name for *_, name in rows))
+    measured = list(dict.fromkeys(name for *_, name in peaks))
+    header = ["dtype", "batch", *(f"{name} img/s" for name in contenders)]
+    header += [f"{name} peak MiB" for name in measured]
+    lines = [_line(header), f"|---{'|--:' * (len(header) - 1)}|"]
+    for case in dict.fromkeys(key[:2] for key in rows):
+        cells = [case[0], str(case[1])]
+        for name in contenders:
+            row = rows[(*case, name)]
+            wrong = " **DISAGREES**" if row.get("agrees") is False else ""
+            cells.append(
+                "skipped"
+                if "skipped" in row
+                else f"{row['images_per_s']:.0f} ({row['ratio']:.2f}x){wrong}"
+            )
+        cells += [f"{peaks[(*case, name)]:.1f}" for name in measured]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _short(commit: str | None) -> str:

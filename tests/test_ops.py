@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -16,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from torch_mbv2 import ops, testing
+from torch_mbv2 import mobilenet, ops, packing, testing
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 DEVICES = ["cpu", CUDA]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RAW = torch.ops.torch_mbv2
+BLOCKS = ("inverted_residual", "stem_block", "conv_pool")
+ACTIVATING = ("conv2d", "conv2d_winograd", "linear", "add", *BLOCKS)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*")
 
@@ -35,14 +38,19 @@ def inference():
 # ------------------------------------------------------------------------ the meaning of each op
 
 
+def clamp(x: Tensor, activation: Any) -> Tensor:
+    low, high = {"relu": (0, None), "relu6": (0, 6), None: (None, None)}.get(activation, activation)
+    return x if low is None and high is None else x.clamp(low, high)
+
+
 def plain(op: str, *tensors: Tensor, activation: Any = None, **options: Any) -> Tensor:
     """What `op` means, in stock operators, in the dtype of its tensors."""
     x = tensors[0]
+    if op in BLOCKS:
+        *_, out = layers(op, *tensors, activation=activation, **options)
+        return out
     if op in ("conv2d", "conv2d_winograd"):
-        padding = options.pop("padding", 0)
-        if isinstance(padding, tuple) and len(padding) == 4:
-            tensors, padding = (F.pad(x, padding), *tensors[1:]), 0
-        out = F.conv2d(*tensors, padding=padding, **options)
+        out = padded_conv(*tensors, **options)
     elif op == "linear":
         out = F.linear(*tensors)
     elif op == "add":
@@ -53,8 +61,47 @@ def plain(op: str, *tensors: Tensor, activation: Any = None, **options: Any) -> 
         return x.mean((2, 3), **options)
     else:
         return F.unfold(x, **options)
-    low, high = {"relu": (0, None), "relu6": (0, 6), None: (None, None)}.get(activation, activation)
-    return out if low is None and high is None else out.clamp(low, high)
+    return clamp(out, activation)
+
+
+def padded_conv(x: Tensor, *tensors: Tensor | None, padding: Any = 0, **options: Any) -> Tensor:
+    if isinstance(padding, tuple) and len(padding) == 4:
+        x, padding = F.pad(x, padding), 0
+    return F.conv2d(x, *tensors, padding=padding, **options)
+
+
+def layers(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    depthwise: Tensor | None = None,
+    depthwise_bias: Tensor | None = None,
+    project: Tensor | None = None,
+    project_bias: Tensor | None = None,
+    *,
+    activation: Any = None,
+    residual: bool = False,
+    stride: Any = 1,
+    padding: Any = 1,
+    stem_stride: Any = 2,
+    stem_padding: Any = 1,
+) -> Iterator[Tensor]:
+    """What the layers of a fused block make, before their activation, and last its output."""
+    y = x
+    if weight is not None:
+        stem = {"stride": stem_stride, "padding": stem_padding} if op == "stem_block" else {}
+        y = padded_conv(y.to(weight.dtype), weight, bias, **stem)
+        yield y
+        y = clamp(y, activation)
+    if op == "conv_pool":
+        yield y.mean((2, 3))
+        return
+    groups = len(depthwise)
+    y = padded_conv(y, depthwise, depthwise_bias, stride=stride, padding=padding, groups=groups)
+    yield y
+    y = F.conv2d(clamp(y, activation), project, project_bias)
+    yield x + y if residual else y
 
 
 class Case(NamedTuple):
@@ -73,6 +120,13 @@ class Case(NamedTuple):
                 x *= 3
             elif x is not None and i == 1:  # weights: outputs of about 4, so ReLU6 meets both sides
                 x *= 4 / max(1, x[0].numel() if len(x) else 1) ** 0.5
+            elif (
+                x is not None and i == 3
+            ):  # depthwise: so do its outputs, of inputs of 1 or about 3
+                taps = math.prod(map(min, x.shape[2:], self.shapes[0][2:]))
+                x *= (4 if self.shapes[1] is None else 1.5) / taps**0.5
+            elif x is not None and i == 5:
+                x /= x[0].numel() ** 0.5
             tensors.append(None if x is None else x.to(device, dtype))
         return tensors
 
@@ -103,6 +157,119 @@ def linear(*sizes: int, bias: bool = True, **options: Any) -> Case:
     return Case("linear", shapes, options)
 
 
+def block(*sizes: int | None, kernel: Any = 3, bias: bool = True, **options: Any) -> Case:
+    """sizes: N, Cin, H, W, E (None: no expansion), Cout."""
+    n, channels, height, width, expanded, out_channels = sizes
+    expand = expanded is not None
+    hidden = expanded if expand else channels
+    shapes = (
+        (n, channels, height, width),
+        (hidden, channels, 1, 1) if expand else None,
+        (hidden,) if expand and bias else None,
+        (hidden, 1, *((kernel, kernel) if isinstance(kernel, int) else kernel)),
+        (hidden,) if bias else None,
+        (out_channels, hidden, 1, 1),
+        (out_channels,) if bias else None,
+    )
+    return Case("inverted_residual", shapes, {"activation": "relu6"} | options)
+
+
+def stem(*sizes: int, kernel: int = 3, bias: bool = True, **options: Any) -> Case:
+    """sizes: N, Cin, H, W, S, Cout."""
+    n, channels, height, width, hidden, out_channels = sizes
+    shapes = (
+        (n, channels, height, width),
+        (hidden, channels, kernel, kernel),
+        (hidden,) if bias else None,
+        (hidden, 1, 3, 3),
+        (hidden,) if bias else None,
+        (out_channels, hidden, 1, 1),
+        (out_channels,) if bias else None,
+    )
+    return Case("stem_block", shapes, {"activation": "relu6"} | options)
+
+
+def conv_pool(*sizes: int, bias: bool = True, **options: Any) -> Case:
+    """sizes: N, Cin, H, W, Cout."""
+    case = conv(*sizes, 1, 1, bias=bias)
+    return Case("conv_pool", case.shapes, {"activation": "relu6"} | options)
+
+
+def mobilenet_blocks(batch: int, height: int, width: int) -> list[Case]:
+    """The 17 inverted residuals of MobileNetV2, all on images of this size."""
+    cases, channels = [], 32
+    for expansion, out, repeats, first_stride in mobilenet.DEFAULT_SETTING:
+        for i in range(repeats):
+            expanded = None if expansion == 1 else expansion * channels
+            stride = first_stride if i == 0 else 1
+            residual = stride == 1 and channels == out
+            sizes = (batch, channels, height, width, expanded, out)
+            cases.append(block(*sizes, stride=stride, residual=residual))
+            channels = out
+    return cases
+
+
+BLOCK_CASES = [
+    *mobilenet_blocks(2, 9, 8),
+    # expansions: none, 1, 2, odd; channels that no tile divides
+    block(2, 16, 11, 10, None, 24, stride=2),
+    block(2, 13, 9, 11, None, 13, residual=True),
+    block(2, 13, 9, 11, 13, 13, residual=True),
+    block(3, 7, 9, 8, 14, 13),
+    block(2, 8, 12, 13, 40, 8, residual=True),
+    block(2, 24, 7, 17, 100, 20, stride=2),
+    block(2, 40, 9, 9, 120, 24),
+    block(1, 1, 5, 5, 1, 1, activation=None),
+    block(17, 16, 5, 3, 96, 24, activation="relu"),
+    block(1, 96, 9, 33, 576, 328),
+    # strides and paddings
+    block(2, 16, 12, 10, 96, 24, stride=2, padding=(0, 1, 0, 1)),
+    block(2, 24, 13, 11, 144, 32, stride=2, padding=0),
+    block(2, 24, 13, 11, 144, 32, padding=0, activation="relu"),
+    block(2, 16, 12, 9, 48, 16, stride=(2, 1), padding=(0, 1)),
+    block(2, 16, 12, 9, 48, 16, stride=3, padding=(1, 0, 0, 2)),
+    block(1, 8, 9, 7, 24, 16, padding=4),
+    block(1, 6, 13, 17, 18, 8, kernel=(4, 2), stride=(1, 2), padding=(0, 1, 2, 3)),
+    block(1, 8, 2, 3, 48, 8, stride=2),
+    # windows
+    block(2, 24, 12, 13, 72, 24, kernel=5, padding=2, residual=True),
+    block(1, 16, 13, 12, 64, 24, kernel=7, padding=3, stride=2),
+    block(2, 16, 9, 8, 48, 16, kernel=1, padding=0, residual=True),
+    block(2, 16, 9, 8, 48, 16, kernel=(1, 3), padding=(0, 1), residual=True),
+    # biases and activations
+    block(2, 24, 9, 8, 144, 24, bias=False, residual=True),
+    block(2, 24, 9, 8, 144, 24, activation="relu", residual=True),
+    block(2, 24, 9, 8, 144, 32, activation=None),
+    block(2, 24, 9, 8, 144, 32, activation=(-1, 2.5)),
+    block(2, 24, 9, 8, 144, 32, activation=(None, 2)),
+    # a pixel, a row, none
+    block(3, 24, 1, 1, 144, 24, residual=True),
+    block(3, 24, 1, 1, 144, 32, stride=2),
+    block(2, 24, 1, 9, 144, 24, residual=True),
+    block(2, 32, 57, 1, 192, 64, stride=2),
+    block(0, 24, 9, 8, 144, 24, residual=True),
+    stem(2, 3, 33, 32, 32, 16),
+    stem(2, 3, 32, 34, 32, 16, stem_padding=(0, 1, 0, 1)),
+    stem(1, 3, 65, 17, 48, 24, activation="relu"),
+    stem(2, 3, 32, 30, 16, 8, bias=False),
+    stem(2, 1, 19, 21, 7, 13),
+    stem(2, 4, 20, 19, 24, 16, stem_stride=1),
+    stem(1, 3, 21, 22, 40, 24, stem_padding=0, padding=0),
+    stem(2, 20, 13, 12, 24, 16, kernel=5, stem_padding=2),
+    stem(1, 3, 24, 25, 16, 8, stem_stride=(3, 1), stem_padding=(1, 0, 2, 3), padding=(0, 1, 2, 1)),
+    stem(2, 3, 16, 16, 32, 16, activation=None),
+    stem(5, 3, 2, 1, 32, 16),
+    stem(0, 3, 32, 32, 32, 16),
+    conv_pool(2, 320, 7, 7, 1280),
+    conv_pool(3, 13, 5, 9, 7),
+    conv_pool(17, 33, 1, 7, 130, activation="relu"),
+    conv_pool(2, 64, 6, 5, 72, bias=False),
+    conv_pool(2, 64, 6, 5, 72, activation=None),
+    conv_pool(65, 16, 4, 4, 40, activation=(-1, 1)),
+    conv_pool(5, 24, 1, 1, 100),
+    conv_pool(1, 8, 33, 31, 16),
+    conv_pool(0, 320, 7, 7, 1280),
+]
 CASES = [
     # layers of MobileNetV2
     conv(2, 3, 65, 64, 32, 3, 3, stride=2, padding=1, activation="relu6"),
@@ -215,6 +382,7 @@ CASES = [
     Case("im2col", ((17, 2, 1, 1),), {"kernel_size": (1, 3), "padding": (3, 4)}),
     Case("im2col", ((1, 1, 1, 1),), {"kernel_size": 1}),
     Case("im2col", ((0, 3, 5, 5),), {"kernel_size": 3}),
+    *BLOCK_CASES,
 ]
 # One for each tile that only large products run on (on a GPU of 132 multiprocessors), and one of
 # more than a chunk of Winograd tiles.
@@ -230,6 +398,22 @@ LARGE_CASES = [
     conv(2, 8, 80, 80, 72, 1, 1, padding=1, activation="relu6"),
     conv(5, 8, 80, 80, 40, 1, 1, padding=1),
     winograd(2, 64, 361, 363, 2, 3, 3, padding=1),
+]
+# Blocks on images of MobileNetV2's sizes.
+LARGE_BLOCKS = [
+    stem(5, 3, 224, 224, 32, 16),
+    stem(2, 3, 225, 301, 32, 16),
+    stem(2, 3, 224, 224, 32, 16, stem_padding=(0, 1, 0, 1)),
+    block(5, 32, 112, 112, None, 16),
+    block(5, 16, 112, 112, 96, 24, stride=2),
+    block(3, 16, 112, 112, 96, 24, stride=2, padding=(0, 1, 0, 1)),
+    block(9, 24, 56, 56, 144, 24, residual=True),
+    block(9, 24, 57, 55, 144, 32, stride=2),
+    block(33, 32, 28, 28, 192, 32, residual=True),
+    block(33, 64, 14, 14, 384, 64, residual=True),
+    block(33, 96, 14, 14, 576, 160, stride=2),
+    block(65, 160, 7, 7, 960, 320),
+    conv_pool(129, 320, 7, 7, 1280),
 ]
 
 
@@ -247,17 +431,19 @@ def check(op: str, tensors: list[Tensor | None], options: Mapping[str, Any]) -> 
     """Run `op` and compare it with float64 and with stock PyTorch's own error."""
     with poisoned():
         got = getattr(ops, op)(*tensors, **options)
+    block = op in BLOCKS
     exact = [None if x is None else x.double().cpu() for x in tensors]
     expected = plain(op, *exact, **options)
     if op == "im2col":
         assert torch.equal(got.double().cpu(), expected)
         return got
     if got.is_cuda:  # the bounds are those of the kernels; stock rounds some results twice
-        testing.assert_close(got, expected)
+        bounds = testing.BLOCK_BOUNDS if block else testing.BOUNDS
+        testing.assert_close(got, expected, bounds[got.dtype])
     stock = testing.relative_l2(plain(op, *tensors, **options), expected)
-    # A rounding as it is on average; Winograd's transforms round once more, which shows beside a
-    # direct sum of few products.
-    floor = testing.unit_roundoff(got.dtype) * (1 if op == "conv2d_winograd" else 0.5)
+    # A rounding as it is on average; Winograd's transforms and the layers of a block round once
+    # more, which shows beside a direct sum of few products.
+    floor = testing.unit_roundoff(got.dtype) * (1 if block or op == "conv2d_winograd" else 0.5)
     assert testing.relative_l2(got, expected) <= testing.ERROR_RATIO * max(stock, floor)
     return got
 
@@ -276,12 +462,16 @@ def test_against_float64(device, case, dtype):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+@pytest.mark.parametrize("case", LARGE_CASES + LARGE_BLOCKS, ids=str)
 def test_large_products(case, dtype):
     check(case.op, case.tensors("cuda", dtype), case.options)
 
 
-ACTIVATED = [case for case in CASES if "activation" in case.options]
+ACTIVATED = [case for case in CASES if case.options.get("activation") and (case.op not in BLOCKS)]
+# With enough elements that the few beyond a bound are not left to chance.
+ACTIVATED_BLOCKS = [
+    case for case in BLOCK_CASES if case.options["activation"] and math.prod(case.shapes[0]) > 500
+]
 
 
 @pytest.mark.parametrize("case", ACTIVATED, ids=str)
@@ -292,6 +482,55 @@ def test_the_cases_reach_the_bounds_of_their_activation(case):
     assert low is None or (unbounded < low).any()
     assert high is None or (unbounded > high).any()
     assert ((unbounded > (low or -1e9)) & (unbounded < (high or 1e9))).any()
+
+
+@pytest.mark.parametrize("case", ACTIVATED_BLOCKS, ids=str)
+def test_each_layer_of_a_block_reaches_the_bounds_of_its_activation(case):
+    low, high = ops._bounds(case.op, case.options["activation"])
+    *hidden, _ = layers(case.op, *case.tensors("cpu", torch.float32), **case.options)
+    assert len(hidden) == 1 + (case.op != "conv_pool") - (case.shapes[1] is None)
+    for unbounded in hidden:
+        assert low is None or (unbounded < low).float().mean() > 0.05
+        assert high is None or (unbounded > high).float().mean() > 0.01
+        assert ((unbounded > (low or -1e9)) & (unbounded < (high or 1e9))).float().mean() > 0.05
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        block(2, 16, 9, 8, 96, 16, residual=True),
+        block(2, 16, 9, 8, 96, 24, stride=2, padding=(0, 1, 0, 1)),
+        block(2, 16, 9, 8, None, 24),
+        stem(2, 3, 19, 16, 32, 16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_borders_are_zeros_of_the_hidden_tensor(device, case, dtype):
+    """Of a constant image and large biases, where padding the input instead would show."""
+    tensors = case.tensors(device, dtype)
+    tensors[0].fill_(1.0)
+    for bias in tensors[2::2]:
+        if bias is not None:
+            bias.copy_(torch.linspace(2, 5, len(bias)))
+    got = check(case.op, tensors, case.options)
+    inside, corner = got[0, :, 3, 3].double(), got[0, :, 0, 0].double()
+    if case.options.get("padding") is None:
+        assert (inside - corner).norm() > 0.1 * inside.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("image", DTYPES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_stem_block_reads_images_of_any_dtype(device, memory_format, image, dtype):
+    case = stem(3, 3, 33, 30, 32, 16)
+    _, *weights = case.tensors(device, dtype)
+    x = case.tensors(device, image)[0].contiguous(memory_format=memory_format)
+    got = check(case.op, [x, *weights], case.options)
+    assert got.dtype == dtype
+    assert torch.equal(got, ops.stem_block(x.to(dtype), *weights, **case.options))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
@@ -337,6 +576,12 @@ KERNELS = [
     Case("global_avg_pool2d", ((3, 16, 9, 8),)),
     Case("add", ((3, 16, 9, 8), (3, 16, 9, 8))),
     Case("im2col", ((3, 16, 9, 8),), {"kernel_size": 3}),
+    block(3, 16, 9, 8, 96, 16, residual=True),
+    block(3, 16, 9, 8, 48, 24, stride=2),
+    block(3, 16, 9, 8, None, 24),
+    block(3, 16, 9, 8, 48, 20, kernel=5, padding=2),
+    stem(3, 3, 9, 8, 32, 16),
+    conv_pool(3, 16, 9, 8, 24),
 ]
 
 
@@ -367,7 +612,8 @@ OTHER_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("device", DEVICES)
 def test_any_layout_of_the_other_tensors(device, case, layout, dtype):
     x, *others = case.tensors(device, dtype)
-    check(case.op, [x, *map(OTHER_LAYOUTS[layout], others)], case.options)
+    others = [None if other is None else OTHER_LAYOUTS[layout](other) for other in others]
+    check(case.op, [x, *others], case.options)
 
 
 def as_fake(tensors: list[Tensor | None], mode: FakeTensorMode) -> list[Tensor | None]:
@@ -406,20 +652,21 @@ INFINITY, NAN = float("inf"), float("nan")
         for case in KERNELS
         if "winograd" not in case.op
         for activation in (None, "relu", "relu6", (-1, 1))
-        if activation is None or case.op in ("conv2d", "linear", "add")
+        if activation is None or case.op in ACTIVATING
     ],
     ids=str,
 )
 @pytest.mark.parametrize("device", DEVICES)
 def test_nan_and_infinity_pass_through(device, case, value, activation, dtype):
     options = dict(case.options)
-    if case.op in ("conv2d", "linear", "add"):
+    if case.op in ACTIVATING:
         options["activation"] = activation
     tensors = case.tensors(device, dtype)
     tensors[0][1, 5 % tensors[0].shape[1], 4, 3] = value
     with poisoned():
         got = getattr(ops, case.op)(*tensors, **options)
-    expected = plain(case.op, *(x.double().cpu() for x in tensors), **options)
+    exact = [None if x is None else x.double().cpu() for x in tensors]
+    expected = plain(case.op, *exact, **options)
     assert torch.equal(got.isfinite().cpu(), expected.isfinite())
     torch.testing.assert_close(  # which of the three; how far is for others to test
         got.cpu(), expected.to(dtype), rtol=0.01, atol=0.05, equal_nan=True, check_stride=False
@@ -455,7 +702,7 @@ def test_nan_and_infinity_stay_in_the_winograd_tiles_that_read_them(device, row,
     [
         (case, dtype)
         for case in KERNELS
-        if case.op in ("conv2d", "conv2d_winograd", "linear", "add")
+        if case.op in ("conv2d", "conv2d_winograd", "linear", "add", "conv_pool")
         for dtype in DTYPES
         # The sums of Winograd's float32 infinities of both signs are NaN.
         if case.op != "conv2d_winograd" or dtype == torch.float16
@@ -487,6 +734,14 @@ def test_poolings_sum_beyond_float16(device):
         (lambda x: ops.conv2d(x, x, dilation=(1,)), "dilation must have 2 values, got 1"),
         (lambda x: ops.avg_pool2d(x, "2"), "kernel_size must be an int or ints, got '2'"),
         (lambda x: ops.im2col(x, 1, padding=None), "padding must be an int or ints, got None"),
+        (
+            lambda x: ops.inverted_residual(x, None, None, x, None, x, None, padding="same"),
+            "padding must be an int or ints, got 'same'",
+        ),
+        (
+            lambda x: ops.stem_block(x, x, None, x, None, x, None, stem_padding="same"),
+            "stem_padding must be an int or ints, got 'same'",
+        ),
     ],
 )
 def test_sizes_that_are_no_integers_are_refused(call, sentence):
@@ -550,8 +805,46 @@ GOOD: dict[str, dict[str, Any]] = {
         "padding": [0, 0],
         "stride": [1, 1],
     },
+    "inverted_residual": {
+        "input": T((2, 6, 8, 9)),
+        "expand_weight": T((12, 6, 1, 1)),
+        "expand_bias": T((12,)),
+        "depthwise_weight": T((12, 1, 3, 5)),
+        "depthwise_bias": T((12,)),
+        "project_weight": T((6, 12, 1, 1)),
+        "project_bias": T((6,)),
+        "packed": T((5,)),
+        "stride": [1, 1],
+        "padding": [2, 2, 1, 1],
+        "residual": True,
+        "act_min": None,
+        "act_max": None,
+    },
+    "stem_block": {
+        "input": T((2, 3, 8, 9)),
+        "stem_weight": T((12, 3, 3, 5)),
+        "stem_bias": T((12,)),
+        "depthwise_weight": T((12, 1, 3, 3)),
+        "depthwise_bias": T((12,)),
+        "project_weight": T((6, 12, 1, 1)),
+        "project_bias": T((6,)),
+        "packed": T((5,)),
+        "stem_stride": [2, 2],
+        "stem_padding": [2, 2, 1, 1],
+        "padding": [1, 1, 1, 1],
+        "act_min": None,
+        "act_max": None,
+    },
+    "conv_pool": {
+        "input": T((2, 6, 8, 9)),
+        "weight": T((4, 6, 1, 1)),
+        "bias": T((4,)),
+        "act_min": None,
+        "act_max": None,
+    },
 }
 TENSORS = [(op, name) for op, good in GOOD.items() for name in good if isinstance(good[name], T)]
+LIKE = {"stem_block": "stem_weight"}  # whose dtype the other tensors must have, if not the input's
 LARGE = (1, 65536, 256, 128)
 WIDE = T((1, 2**29, 1, 1), torch.float16)  # too large only with its padding, and then just so
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -570,7 +863,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ),
     *(
         (op, change, sentence)
-        for op in ("conv2d", "conv2d_winograd", "avg_pool2d", "global_avg_pool2d", "im2col")
+        for op in GOOD
+        if op not in ("linear", "add")
         for change, sentence in (
             ({"input": T((6, 8, 9))}, "input must have shape (N, C, H, W), got (6, 8, 9)"),
             ({"input": T((6,))}, "input must have shape (N, C, H, W), got (6,)"),
@@ -588,13 +882,14 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         for change, rule in (
             (
                 {"dtype": torch.float16},
-                "have the dtype of input, float32, got float16",
+                f"have the dtype of {LIKE.get(op, 'input')}, float32, got float16",
             ),
             (
                 {"elsewhere": True},
                 "be on the device of input, {here}, got {elsewhere}",
             ),
         )
+        if (name, change) != ("stem_weight", {"dtype": torch.float16})
     ),
     *(
         (
@@ -738,6 +1033,240 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("im2col", {"stride": [1, 0]}, "stride must be at least 1, got (1, 0)"),
     ("im2col", {"padding": [-1, 0]}, "padding must be at least 0, got (-1, 0)"),
     ("im2col", {"dilation": [0, 1]}, "dilation must be at least 1, got (0, 1)"),
+    *(
+        (op, {"input": T((2, 0, 8, 9))}, "input must have at least one channel, got (2, 0, 8, 9)")
+        for op in BLOCKS
+    ),
+    *(
+        (op, change, sentence)
+        for op, source in (("inverted_residual", "expand_weight"), ("stem_block", "stem_weight"))
+        for change, sentence in (
+            (
+                {"depthwise_weight": T((12, 3, 3))},
+                f"depthwise_weight must have shape (12, 1, kH, kW) from {source}, got (12, 3, 3)",
+            ),
+            (
+                {"depthwise_weight": T((6, 1, 3, 3))},
+                f"depthwise_weight must have shape (12, 1, kH, kW) from {source}, got (6, 1, 3, 3)",
+            ),
+            (
+                {"depthwise_weight": T((12, 2, 3, 3))},
+                f"depthwise_weight must have shape (12, 1, kH, kW) from {source}, got (12, 2, 3, 3)",
+            ),
+            (
+                {"project_weight": T((6, 12))},
+                "project_weight must have shape (Cout, 12, 1, 1) from depthwise_weight, got (6, 12)",
+            ),
+            (
+                {"project_weight": T((6, 12, 1, 3))},
+                "project_weight must have shape (Cout, 12, 1, 1) from depthwise_weight, got (6, 12, 1, 3)",
+            ),
+            (
+                {"depthwise_bias": T((6,))},
+                "depthwise_bias must have shape (12,) from depthwise_weight, got (6,)",
+            ),
+            (
+                {"project_bias": T((6, 1))},
+                "project_bias must have shape (6,) from project_weight, got (6, 1)",
+            ),
+            ({"packed": T((5, 1))}, "packed must have shape (L,), got (5, 1)"),
+            ({"padding": [1, 1]}, "padding must have 4 values, got 2"),
+            ({"padding": [1, 1, 0, -1]}, "padding must be at least 0, got (1, 1, 0, -1)"),
+            ({"act_min": 6.5, "act_max": 6}, "act_min must not exceed act_max, got 6.5 and 6"),
+        )
+    ),
+    (
+        "inverted_residual",
+        {"expand_weight": T((12, 6))},
+        "expand_weight must have shape (E, 6, 1, 1) from input, got (12, 6)",
+    ),
+    (
+        "inverted_residual",
+        {"expand_weight": T((12, 3, 1, 1))},
+        "expand_weight must have shape (E, 6, 1, 1) from input, got (12, 3, 1, 1)",
+    ),
+    (
+        "inverted_residual",
+        {"expand_weight": T((12, 6, 3, 1))},
+        "expand_weight must have shape (E, 6, 1, 1) from input, got (12, 6, 3, 1)",
+    ),
+    (
+        "inverted_residual",
+        {"expand_weight": T((0, 6, 1, 1))},
+        "expand_weight must have at least one output channel, got (0, 6, 1, 1)",
+    ),
+    (
+        "inverted_residual",
+        {"expand_weight": None},
+        "depthwise_weight must have shape (6, 1, kH, kW) from input, got (12, 1, 3, 5)",
+    ),
+    (
+        "inverted_residual",
+        {
+            "expand_weight": None,
+            "depthwise_weight": T((6, 1, 3, 3)),
+            "project_weight": T((6, 6, 1, 1)),
+        },
+        "expand_bias must be None where expand_weight is None",
+    ),
+    (
+        "inverted_residual",
+        {"expand_bias": T((6,))},
+        "expand_bias must have shape (12,) from expand_weight, got (6,)",
+    ),
+    ("inverted_residual", {"stride": [1]}, "stride must have 2 values, got 1"),
+    ("inverted_residual", {"stride": [1, 0]}, "stride must be at least 1, got (1, 0)"),
+    (
+        "inverted_residual",
+        {"stride": [2**31, 1]},
+        "stride must be less than 2147483648, got (2147483648, 1)",
+    ),
+    (
+        "inverted_residual",
+        {"depthwise_weight": T((12, 1, 11, 3))},
+        "the kernel must fit into the padded input: dilated kernel (11, 3), padded input (10, 13)",
+    ),
+    (
+        "inverted_residual",
+        {"depthwise_weight": T((12, 1, 3, 0))},
+        "the kernel must fit into the padded input: dilated kernel (3, 0), padded input (10, 13)",
+    ),
+    (
+        "inverted_residual",
+        {
+            "input": T((1, 1, 2**15, 2**13), torch.float16),
+            "expand_weight": T((12, 1, 1, 1), torch.float16),
+            "expand_bias": None,
+            **dict.fromkeys(("depthwise_bias", "project_bias", "packed")),
+            "depthwise_weight": T((12, 1, 3, 3), torch.float16),
+            "project_weight": T((1, 12, 1, 1), torch.float16),
+        },
+        "one image of expanded input must have fewer than 2147483648 elements, got (12, 32768, 8192)",
+    ),
+    (
+        "inverted_residual",
+        {"padding": [2**31 - 1, 0, 1, 1]},
+        "one image of depthwise output must have fewer than 2147483648 elements, got (12, 8, 2147483652)",
+    ),
+    (
+        "inverted_residual",
+        {"padding": [2**25, 0, 1, 1], "project_weight": T((64, 12, 1, 1)), "project_bias": None},
+        "one image of depthwise output must have fewer than 2147483648 elements, got (12, 8, 33554437)",
+    ),
+    (
+        "inverted_residual",
+        {"padding": [2**23, 0, 1, 1], "project_weight": T((64, 12, 1, 1)), "project_bias": None},
+        "one image of output must have fewer than 2147483648 elements, got (64, 8, 8388613)",
+    ),
+    (
+        "inverted_residual",
+        {"stride": [2, 1]},
+        "residual needs an output of the shape of input, (2, 6, 8, 9), got (2, 6, 4, 9)",
+    ),
+    (
+        "inverted_residual",
+        {"padding": [0, 0, 1, 1]},
+        "residual needs an output of the shape of input, (2, 6, 8, 9), got (2, 6, 8, 5)",
+    ),
+    (
+        "inverted_residual",
+        {"project_weight": T((4, 12, 1, 1)), "project_bias": None},
+        "residual needs an output of the shape of input, (2, 6, 8, 9), got (2, 4, 8, 9)",
+    ),
+    (
+        "stem_block",
+        {"stem_weight": T((12, 3, 3, 5), torch.float64)},
+        "stem_weight must be float32, float16 or bfloat16, got float64",
+    ),
+    (
+        "stem_block",
+        {"stem_weight": T((12, 3, 3, 5), torch.float16)},
+        "depthwise_weight must have the dtype of stem_weight, float16, got float32",
+    ),
+    (
+        "stem_block",
+        {"stem_weight": T((12, 3, 9))},
+        "stem_weight must have shape (S, 3, kH, kW) from input, got (12, 3, 9)",
+    ),
+    (
+        "stem_block",
+        {"stem_weight": T((12, 1, 3, 3))},
+        "stem_weight must have shape (S, 3, kH, kW) from input, got (12, 1, 3, 3)",
+    ),
+    (
+        "stem_block",
+        {"stem_weight": T((0, 3, 3, 3))},
+        "stem_weight must have at least one output channel, got (0, 3, 3, 3)",
+    ),
+    (
+        "stem_block",
+        {"stem_bias": T((6,))},
+        "stem_bias must have shape (12,) from stem_weight, got (6,)",
+    ),
+    ("stem_block", {"stem_stride": [2]}, "stem_stride must have 2 values, got 1"),
+    ("stem_block", {"stem_stride": [0, 2]}, "stem_stride must be at least 1, got (0, 2)"),
+    ("stem_block", {"stem_padding": [1]}, "stem_padding must have 4 values, got 1"),
+    (
+        "stem_block",
+        {"stem_padding": [0, -1, 0, 0]},
+        "stem_padding must be at least 0, got (0, -1, 0, 0)",
+    ),
+    (
+        "stem_block",
+        {"stem_weight": T((12, 3, 11, 5))},
+        "the stem kernel must fit into the padded input: dilated kernel (11, 5), padded input (10, 13)",
+    ),
+    (
+        "stem_block",
+        {"depthwise_weight": T((12, 1, 7, 3))},
+        "the depthwise kernel must fit into the padded stem output: dilated kernel (7, 3), padded stem output (6, 7)",
+    ),
+    (
+        "stem_block",
+        {"stem_padding": [2**31 - 1, 0, 1, 1]},
+        "one image of stem output must have fewer than 2147483648 elements, got (12, 4, 1073741826)",
+    ),
+    (
+        "stem_block",
+        {"padding": [2**31 - 1, 0, 1, 1]},
+        "one image of depthwise output must have fewer than 2147483648 elements, got (12, 4, 2147483650)",
+    ),
+    (
+        "stem_block",
+        {"padding": [2**23, 0, 1, 1], "project_weight": T((64, 12, 1, 1)), "project_bias": None},
+        "one image of output must have fewer than 2147483648 elements, got (64, 4, 8388611)",
+    ),
+    (
+        "conv_pool",
+        {"input": T((2, 6, 8, 0))},
+        "input must have at least one pixel, got (2, 6, 8, 0)",
+    ),
+    (
+        "conv_pool",
+        {"weight": T((4, 6))},
+        "weight must have shape (Cout, 6, 1, 1) from input, got (4, 6)",
+    ),
+    (
+        "conv_pool",
+        {"weight": T((4, 6, 1, 3))},
+        "weight must have shape (Cout, 6, 1, 1) from input, got (4, 6, 1, 3)",
+    ),
+    (
+        "conv_pool",
+        {"weight": T((4, 3, 1, 1))},
+        "weight must have shape (Cout, 6, 1, 1) from input, got (4, 3, 1, 1)",
+    ),
+    ("conv_pool", {"bias": T((6,))}, "bias must have shape (4,) from weight, got (6,)"),
+    (
+        "conv_pool",
+        {"act_min": 2.0, "act_max": -1.0},
+        "act_min must not exceed act_max, got 2 and -1",
+    ),
+    (
+        "conv_pool",
+        {"weight": T((2**25, 6, 1, 1)), "bias": None},
+        "one image of convolution output must have fewer than 2147483648 elements, got (33554432, 8, 9)",
+    ),
 ]
 
 
@@ -819,7 +1348,7 @@ def test_what_requires_grad_is_refused_by_the_wrapper_alone(device, op, name):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "ReLU6", "", 6, 0.5, (1.0,), (0, 1, 2)], ids=repr)
-@pytest.mark.parametrize("op", ["conv2d", "conv2d_winograd", "linear", "add"])
+@pytest.mark.parametrize("op", ACTIVATING)
 def test_unknown_activations_are_refused(op, activation):
     tensors, call = wrapper_call(op)
     with pytest.raises(RuntimeError) as caught:
@@ -830,7 +1359,7 @@ def test_unknown_activations_are_refused(op, activation):
     )
 
 
-@pytest.mark.parametrize("op", ["conv2d", "conv2d_winograd", "linear", "add"])
+@pytest.mark.parametrize("op", ACTIVATING)
 def test_bounds_in_the_wrong_order_are_refused_by_the_wrapper(op):
     tensors, call = wrapper_call(op)
     with pytest.raises(RuntimeError, match="act_min must not exceed act_max, got 2 and 1"):
@@ -854,9 +1383,12 @@ def network(x: Tensor, weights: list[Tensor]) -> Tensor:
     y = ops.conv2d(x, dense, stride=2, padding=1, activation="relu6")
     z = ops.conv2d(y, depthwise, padding=(0, 2, 1, 1), groups=len(depthwise), activation="relu")
     z = ops.add(ops.conv2d(z, point), y)
+    z = ops.inverted_residual(z, point, None, depthwise, None, point, None, residual=True)
+    y = ops.stem_block(x, dense, None, depthwise, None, point, None)
     z = ops.conv2d_winograd(ops.avg_pool2d(z, 2), dense.repeat(1, 8, 1, 1)[:, :16], padding=1)
     columns = ops.im2col(z, 1)
-    return ops.linear(ops.global_avg_pool2d(z) + columns.mean(2), head, activation=(-1, 1))
+    pooled = ops.global_avg_pool2d(z) + columns.mean(2) + ops.conv_pool(y, point, None, "relu6")
+    return ops.linear(pooled, head, activation=(-1, 1))
 
 
 def network_weights(device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -996,3 +1528,50 @@ def test_more_groups_than_a_grid_has_layers(dtype):
     weight = torch.randn(groups, 2, 1, 1, device="cuda", dtype=dtype)
     expected = (x.double().view(3, groups, 2) * weight.double().view(groups, 2)).sum(2)
     testing.assert_close(ops.conv2d(x, weight, groups=groups)[:, :, 0, 0], expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "case",
+    [
+        block(2000, 16, 112, 112, 96, 24, stride=2),  # more than 2^31 expanded elements
+        block(1800, 96, 112, 112, 96, 96, residual=True),  # and of input and output
+        stem(4000, 3, 224, 224, 32, 16),  # and of the stem's output
+        conv_pool(40000, 320, 7, 7, 1280),
+    ],
+    ids=str,
+)
+def test_blocks_of_more_than_two_to_the_31_elements(case):
+    if torch.cuda.mem_get_info()[0] < 24e9:
+        pytest.skip("needs 24 GB of free GPU memory")
+    (images, *image), *_ = case.shapes
+    _, *weights = case._replace(shapes=((1, *image), *case.shapes[1:])).tensors("cuda", torch.half)
+    x = torch.empty((images, *image), device="cuda", dtype=torch.half)
+    x = x.to(memory_format=torch.channels_last).normal_()
+    got = getattr(ops, case.op)(x, *weights, **case.options)
+    for part in (slice(0, 2), slice(images // 2, images // 2 + 2), slice(-2, None)):
+        exact = [None if t is None else t.double() for t in (x[part], *weights)]
+        bound = testing.BLOCK_BOUNDS[torch.half]
+        testing.assert_close(got[part], plain(case.op, *exact, **case.options), bound)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", LARGE_BLOCKS, ids=str)
+def test_a_hundred_runs_of_a_block_are_bitwise_equal(case, dtype):
+    tensors = case.tensors("cuda", dtype)
+    first = getattr(ops, case.op)(*tensors, **case.options)
+    differ = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(100):
+        differ += (getattr(ops, case.op)(*tensors, **case.options) != first).sum()
+    assert differ == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [c for c in KERNELS if c.op in BLOCKS[:2]], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_packed_once_is_packed_in_the_call(device, case, dtype):
+    x, *weights = case.tensors(device, dtype)
+    packed = getattr(packing, f"pack_{case.op}")(*weights)
+    call = functools.partial(getattr(ops, case.op), x, *weights, **case.options)
+    assert torch.equal(call(packed=packed), call())

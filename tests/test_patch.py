@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
+from collections import Counter
 
+import onnx
+import onnx2torch
+import onnx_helpers
 import pytest
 import timm
 import torch
@@ -14,7 +18,7 @@ import torchvision
 from torch import fx, nn
 
 import torch_mbv2
-from torch_mbv2 import modules
+from torch_mbv2 import modules, packing
 from torch_mbv2.modules import FusedConv2d, Swapped
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -60,7 +64,22 @@ MODELS = {
     "resnet": lambda: torchvision.models.resnet18(num_classes=17),
     "shufflenet": lambda: torchvision.models.shufflenet_v2_x0_5(),
     "squeezenet": lambda: torchvision.models.squeezenet1_1(),
+    "sequential": lambda: _in_one_sequential(torchvision.models.mobilenet_v2(width_mult=0.35)),
+    "onnx2torch": lambda: onnx2torch.convert(
+        _graph_of(torchvision.models.mobilenet_v2(width_mult=0.35))
+    ),
+    "loaded": lambda: torch_mbv2.load_onnx(_graph_of(torchvision.models.mnasnet0_5())),
 }
+
+
+def _in_one_sequential(net: nn.Module) -> nn.Sequential:
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*net.features, *pool, *net.classifier)
+
+
+def _graph_of(net: nn.Module) -> onnx.ModelProto:
+    """An export, whose batch norms are folded."""
+    return onnx_helpers.export(randomise(net), torch.zeros(2, 3, 65, 72), opset_version=13)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +120,7 @@ def test_same_answers_and_back(stock, device):
     "stock", ["torchvision", "own", "own same", "timm", "graph"], indirect=True
 )
 def test_every_layer_of_a_mobilenet_v2_gets_a_kernel(stock):
-    report = torch_mbv2.report(torch_mbv2.patch(stock))
+    report = torch_mbv2.report(torch_mbv2.patch(stock, level="op"))
     counts = {
         kernel: sum(row.kernel == kernel for row in report.rows)
         for kernel in ("gemm", "conv_depthwise", "conv_implicit_gemm", "add", "global_avg_pool2d")
@@ -114,7 +133,57 @@ def test_every_layer_of_a_mobilenet_v2_gets_a_kernel(stock):
         "global_avg_pool2d": 1,
     }
     assert [row for row in report.stock if row.supported] == []
-    torch_mbv2.patch(stock, strict=True)
+    torch_mbv2.patch(stock, level="op", strict=True)
+
+
+def kernel_counts(model: nn.Module) -> dict[str, int]:
+    """How many layers each kernel takes in a patched model."""
+    return dict(Counter(row.kernel for row in torch_mbv2.report(model).patched))
+
+
+MOBILENET_V2_BLOCKS = {"stem_block": 1, "inverted_residual": 16, "conv_pool": 1, "gemm": 1}
+
+
+@pytest.mark.parametrize(
+    "stock",
+    ["torchvision", "own", "own same", "timm", "graph", "sequential", "onnx2torch"],
+    indirect=True,
+)
+def test_every_block_of_a_mobilenet_v2_is_fused(stock):
+    fast = torch_mbv2.patch(stock, strict=True)
+    report = torch_mbv2.report(fast)
+    assert kernel_counts(fast) == MOBILENET_V2_BLOCKS
+    assert [row for row in report.stock if row.supported] == []
+    assert all(row.reason is None for row in report.rows if row.kernel is not None)
+    residuals = [row for row in report.rows if row.kernel and row.detail.endswith(", residual")]
+    assert len(residuals) == 10
+
+
+@pytest.mark.parametrize(
+    ("stock", "expected"),
+    [
+        ("timm same", {"stem_block": 1, "inverted_residual": 15, "conv_pool": 1, "gemm": 1}),
+        ("mnasnet", {"stem_block": 1, "inverted_residual": 16, "conv_pool": 1, "gemm": 1}),
+        ("loaded", {"stem_block": 1, "inverted_residual": 16, "conv_pool": 1, "gemm": 1}),
+        (
+            "squeezenet",
+            {"gemm": 16, "conv_implicit_gemm": 7, "conv_winograd": 2, "conv_pool": 1},
+        ),
+    ],
+    indirect=["stock"],
+)
+def test_blocks_of_other_networks(stock, expected):
+    assert kernel_counts(torch_mbv2.patch(stock)) == expected
+
+
+@pytest.mark.parametrize("stock", MODELS, indirect=True)
+@torch.inference_mode()
+def test_blocks_share_the_parameters_of_their_layers(stock):
+    by_layer, by_block = (torch_mbv2.patch(stock, level=level) for level in ("op", "block"))
+    for fast in (by_block, copy.deepcopy(by_block), pickle.loads(pickle.dumps(by_block))):
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (by_layer, fast)]
+        assert sizes[0] == sizes[1]
+        assert not any("packed" in name for name in fast.state_dict())
 
 
 @pytest.mark.cuda
@@ -186,6 +255,10 @@ def test_attributes_and_parts_still_work():
     with torch.inference_mode():
         assert relative(fast.features(x), net.features(x)) < 1e-5
         assert relative(fast.features[:3](x), net.features[:3](x)) < 1e-5
+        first = net.features[0](x)
+        assert relative(fast.features[0](x), first) < 1e-5
+        assert relative(fast.features[1](first), net.features[1](first)) < 1e-5
+        assert relative(fast.features[1].conv(first), net.features[1].conv(first)) < 1e-5
     assert not any(p.requires_grad for p in fast.parameters())
     assert not any("stock" in name for name in fast.state_dict())
 
@@ -213,6 +286,38 @@ def test_training_mode_is_refused():
     net.features[3].train()
     with pytest.raises(torch_mbv2.Error, match=r"'features\.3' is in training mode"):
         torch_mbv2.patch(net)
+
+
+def packed(fast: nn.Module) -> list[torch.Tensor | None]:
+    """What the blocks of a patched model keep packed, checked against their weights."""
+    found = []
+    for block in fast.modules():
+        if isinstance(block, modules.FusedInvertedResidual | modules.FusedStemBlock):
+            expected = getattr(packing, f"pack_{block.kind}")(*block._parameters.values())
+            assert (block.packed is None) == (expected is None)
+            assert expected is None or torch.equal(block.packed, expected)
+            found.append(block.packed)
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("stock", ["torchvision", "graph"], indirect=True)
+@torch.inference_mode()
+def test_packed_weights_follow_the_weights(stock):
+    fast = torch_mbv2.patch(stock)
+    assert packed(fast) == [None] * len(packed(fast)), "no fused kernel takes float32"
+    fast.half()
+    assert all(p.dtype == torch.half for p in packed(fast))
+    state = {name: value * 2 for name, value in fast.state_dict().items()}
+    before = packed(fast)
+    fast.load_state_dict(state)
+    assert not any(torch.equal(a, b) for a, b in zip(packed(fast), before, strict=True))
+    for clone in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert all(map(torch.equal, packed(clone), packed(fast)))
+        assert all(p.dtype == torch.bfloat16 for p in packed(clone.bfloat16()))
+        state = {name: value * 2 for name, value in clone.state_dict().items()}
+        clone.load_state_dict(state)
+        packed(clone)
 
 
 def test_unknown_level_is_refused():
@@ -306,13 +411,106 @@ def _in_place_add_used_before(m, x):
     return y + z
 
 
+def _untraceable_block(m, x):
+    return x if x.sum() > 1e9 else _block(m, x)
+
+
 def _branch(m, x):
     if x.sum() > 1e9:
         return x
     return m.norm(m.a(x))
 
 
+def expand(channels: int = 8) -> nn.Conv2d:
+    return conv(4, channels, 1)
+
+
+def depthwise(channels: int = 8, stride: int = 1, padding: int = 1, **kwargs) -> nn.Conv2d:
+    return conv(channels, channels, 3, stride, padding, groups=channels, **kwargs)
+
+
+def project(channels: int = 8, **kwargs) -> nn.Conv2d:
+    return conv(channels, 4, 1, **kwargs)
+
+
+def _block(m, x, first=F.relu6, second=F.relu6):
+    return m.c(second(m.b(first(m.a(x)))))
+
+
+def _expansion_used_twice(m, x):
+    y = F.relu6(m.a(x))
+    return m.c(F.relu6(m.b(y))) + y[:, :4]
+
+
+def _depthwise_used_twice(m, x):
+    y = F.relu6(m.b(F.relu6(m.a(x))))
+    return m.c(y) + y[:, :4]
+
+
+def _output_used_twice(m, x):
+    y = _block(m, x)
+    return y * y.sigmoid()
+
+
+def _conv_used_twice(m, x):
+    y = m.a(x)
+    return (y + x).mean((2, 3))
+
+
+BLOCK = {"a": expand(), "b": depthwise(), "c": project()}
+STEM = {"a": conv(4, 8, 3, 2), "b": depthwise(), "c": project()}
+#: rows of a block of three layers without batch norm, whose activations are functions
+FUSED = ["folded", "folded", "folded", "inverted_residual"]
+
 CASES = {
+    "block": (_block, BLOCK),
+    "block with residual": (lambda m, x: x + _block(m, x), BLOCK),
+    "block with residual, other order": (lambda m, x: torch.add(_block(m, x), x), BLOCK),
+    "block, clipped and padded by functions": (
+        lambda m, x: m.c(F.hardtanh(m.b(F.pad(m.a(x).clamp(-0.1, 0.2), (0, 1, 0, 1))), -0.1, 0.2)),
+        BLOCK | {"b": depthwise(stride=2, padding=0)},
+    ),
+    "block without activation": (lambda m, x: m.c(m.b(m.a(x))), BLOCK),
+    "block of two activations": (lambda m, x: _block(m, x, F.relu), BLOCK),
+    "block of one more bound": (lambda m, x: _block(m, x, lambda y: y.clamp(0.05, 6)), BLOCK),
+    "block with an activation after it": (lambda m, x: F.relu(_block(m, x)), BLOCK),
+    "block whose expansion is used twice": (_expansion_used_twice, BLOCK),
+    "block whose depthwise layer is used twice": (_depthwise_used_twice, BLOCK),
+    "block whose output is used twice": (_output_used_twice, BLOCK),
+    "block with a multiplier": (
+        _block,
+        BLOCK | {"b": conv(8, 16, 3, groups=8), "c": project(16)},
+    ),
+    "block of groups": (_block, BLOCK | {"b": conv(8, 8, 3, groups=4)}),
+    "block with dilation": (_block, BLOCK | {"b": depthwise(dilation=2)}),
+    "block with a strided projection": (_block, BLOCK | {"c": project(stride=2)}),
+    "block plus something else": (lambda m, x: _block(m, x) + (x - 1), BLOCK),
+    "block plus its input, relu": (lambda m, x: F.relu(_block(m, x) + x), BLOCK),
+    "block that shrinks plus its input": (
+        lambda m, x: _block(m, x[:, :, :3, :3]) + x[:, :, :3, :3],
+        BLOCK | {"b": depthwise(padding=0)},
+    ),
+    "block of a shared layer": (
+        lambda m, x: m.c(F.relu6(m.b(F.relu6(m.b(F.relu6(m.a(x))))))),
+        BLOCK,
+    ),
+    "block without expansion": (
+        lambda m, x: m.c(F.relu(m.b(x))),
+        {"b": depthwise(4), "c": conv(4, 8, 1)},
+    ),
+    "untraceable block": (_untraceable_block, BLOCK),
+    "stem and block": (_block, STEM),
+    "stem of another activation": (lambda m, x: _block(m, x, F.relu), STEM),
+    "stem and strided block": (_block, STEM | {"b": depthwise(stride=2)}),
+    "stem of groups": (_block, STEM | {"a": conv(4, 8, 3, groups=2)}),
+    "conv, pool": (lambda m, x: m.a(x).mean((2, 3)), {"a": expand()}),
+    "conv, relu, adaptive pool": (
+        lambda m, x: m.p(m.act(m.a(x))),
+        {"a": expand(), "act": nn.ReLU(), "p": nn.AdaptiveAvgPool2d(1)},
+    ),
+    "conv, mean, kept": (lambda m, x: m.a(x).relu().mean([-2, -1], True), {"a": expand()}),
+    "conv, mean twice": (lambda m, x: m.a(x).mean(3).mean(2), {"a": expand()}),
+    "conv used twice, pool": (_conv_used_twice, {"a": expand(4)}),
     "conv, relu function": (lambda m, x: F.relu(m.a(x)), {"a": conv(4, 4, 3)}),
     "conv, relu6 function": (lambda m, x: F.relu6(m.a(x)), {"a": conv(4, 4, 3)}),
     "conv, clamp": (lambda m, x: m.a(x).clamp(-0.1, 0.2), {"a": conv(4, 4, 3)}),
@@ -450,6 +648,41 @@ def kernels(net: nn.Module) -> list[str]:
         ("padding circular", []),
         ("transposed convolution", []),
         ("add, relu", ["conv_implicit_gemm", "add"]),
+        ("block", FUSED),
+        ("block with residual", FUSED),
+        ("block with residual, other order", FUSED),
+        ("block, clipped and padded by functions", FUSED),
+        ("block without activation", FUSED),
+        ("block of two activations", ["gemm", "conv_depthwise", "gemm"]),
+        ("block of one more bound", ["gemm", "conv_depthwise", "gemm"]),
+        ("block with an activation after it", ["gemm", "conv_depthwise", "gemm"]),
+        (
+            "block whose expansion is used twice",
+            ["gemm", "folded", "folded", "add", "inverted_residual"],
+        ),
+        ("block whose depthwise layer is used twice", ["gemm", "conv_depthwise", "gemm", "add"]),
+        ("block whose output is used twice", FUSED),
+        ("block with a multiplier", ["gemm", "conv_implicit_gemm", "gemm"]),
+        ("block of groups", ["gemm", "conv_implicit_gemm", "gemm"]),
+        ("block with dilation", ["gemm", "conv_depthwise", "gemm"]),
+        ("block with a strided projection", ["gemm", "conv_depthwise", "conv_implicit_gemm"]),
+        ("block plus something else", [*FUSED[:-1], "add", "inverted_residual"]),
+        ("block plus its input, relu", [*FUSED[:-1], "add", "inverted_residual"]),
+        ("block that shrinks plus its input", [*FUSED[:-1], "add", "inverted_residual"]),
+        ("block of a shared layer", ["gemm", "conv_depthwise", "gemm"]),
+        ("block without expansion", ["folded", "folded", "inverted_residual"]),
+        ("stem and block", ["folded"] * 3 + ["stem_block"]),
+        (
+            "stem of another activation",
+            ["conv_implicit_gemm", *["folded"] * 2, "inverted_residual"],
+        ),
+        ("stem and strided block", ["conv_implicit_gemm", *["folded"] * 2, "inverted_residual"]),
+        ("stem of groups", ["conv_implicit_gemm", *["folded"] * 2, "inverted_residual"]),
+        ("conv, pool", ["folded", "conv_pool"]),
+        ("conv, relu, adaptive pool", ["folded", "folded", "folded", "conv_pool"]),
+        ("conv, mean, kept", ["folded", "conv_pool"]),
+        ("conv, mean twice", ["folded", "conv_pool"]),
+        ("conv used twice, pool", ["gemm", "add", "global_avg_pool2d"]),
         ("mean twice", ["conv_implicit_gemm", "global_avg_pool2d"]),
         ("AdaptiveAvgPool2d(3)", []),
         ("parameters read directly", []),
@@ -485,6 +718,31 @@ def test_reason_why_a_layer_stays_stock(layer, reason):
     assert reason in row.reason
 
 
+@pytest.mark.parametrize(
+    ("case", "kind", "reason"),
+    [
+        ("block of two activations", "depthwise", "before it has another activation"),
+        ("block with an activation after it", "depthwise", "after it has an activation"),
+        ("block whose depthwise layer is used twice", "depthwise", "right after it"),
+        ("block with a strided projection", "depthwise", "right after it"),
+        ("block with dilation", "depthwise", "no dilation (2, 2)"),
+        ("block of a shared layer", "depthwise", "called in several places"),
+        ("stem of another activation", "conv2d", "the block after it has another activation"),
+        ("stem and strided block", "conv2d", "the block after it has a stride"),
+        ("stem of groups", "conv2d", "one group"),
+        ("conv used twice, pool", "global_avg_pool2d", "right before it"),
+        ("untraceable block", "depthwise", "torch.fx cannot trace"),
+    ],
+)
+def test_reason_why_a_layer_is_in_no_block(case, kind, reason):
+    function, layers = CASES[case]
+    fast = torch_mbv2.patch(randomise(Calls(function, **layers)))
+    (row,) = (row for row in torch_mbv2.report(fast).patched if row.reason)
+    assert row.kind == kind
+    assert reason in row.reason
+    assert reason in str(torch_mbv2.report(fast))
+
+
 @torch.inference_mode()
 def test_layers_with_hooks_stay_and_their_hooks_run():
     net = small_net()
@@ -497,6 +755,72 @@ def test_layers_with_hooks_stay_and_their_hooks_run():
     assert "hooks" in rows["features.0.1"].reason
 
 
+@pytest.mark.parametrize(
+    ("hooked", "fused"),
+    [
+        ("features.0", {"inverted_residual": 5, "conv_pool": 1}),
+        ("features.0.2", {"inverted_residual": 5, "conv_pool": 1}),
+        ("features.1", {"inverted_residual": 5, "conv_pool": 1}),
+        ("features.1.conv.1", {"inverted_residual": 4, "conv_pool": 1}),
+        ("features.2", {"stem_block": 1, "inverted_residual": 4, "conv_pool": 1}),
+        ("features.2.conv.0.2", {"stem_block": 1, "inverted_residual": 4, "conv_pool": 1}),
+        ("features.2.conv.1", {"stem_block": 1, "inverted_residual": 3, "conv_pool": 1}),
+        ("features.3.conv.3", {"stem_block": 1, "inverted_residual": 4, "conv_pool": 1}),
+        ("features.6.2", {"stem_block": 1, "inverted_residual": 4}),
+        ("", {"stem_block": 1, "inverted_residual": 4, "conv_pool": 1}),
+    ],
+)
+@torch.inference_mode()
+def test_hooks_see_what_they_saw(hooked, fused):
+    net = small_net()
+    seen = []
+    net.get_submodule(hooked).register_forward_hook(lambda m, inputs, out: seen.append(out.clone()))
+    x = images(1, 3, 32, 32)
+    net(x)
+    fast = torch_mbv2.patch(net)
+    fast(x)
+    assert relative(seen[1], seen[0]) < 1e-5
+    names = ("stem_block", "inverted_residual", "conv_pool")
+    assert {k: n for k, n in kernel_counts(fast).items() if k in names} == fused
+
+
+@pytest.mark.parametrize(
+    ("part", "left"),
+    [
+        ("", None),
+        ("0.0", "48 -> 8, 3x3"),  # a block from the depthwise layer on
+        ("0.1", "48 -> 8, 3x3"),
+        ("0.2", "48 -> 8, 3x3"),
+        ("1.0", None),
+        ("1.1", None),
+        ("1.2", None),
+        ("2", None),
+        ("3", "8 -> 48 -> 8, 3x3"),  # a block without the residual
+    ],
+)
+@torch.inference_mode()
+def test_filter_leaves_parts_of_blocks_out(part, left):
+    net = small_net()
+    layer = f"features.3.conv.{part}" if part else "features.3"
+    fast = torch_mbv2.patch(net, filter_fn=lambda name, module: name != layer)
+    rows = {row.name: row for row in torch_mbv2.report(fast).rows}
+    block = rows.get("features.3.torch_mbv2_inverted_residual_0")
+    assert (block and block.detail) == left
+    assert "features.2.torch_mbv2_inverted_residual_0" in rows
+    assert not part or type(fast.get_submodule(layer)) is type(net.get_submodule(layer))
+    x = images(1, 3, 32, 32)
+    assert relative(fast(x), net(x)) < 1e-5
+    assert torch.equal(torch_mbv2.unpatch(fast)(x), net(x))
+
+
+@torch.inference_mode()
+def test_filter_that_leaves_the_model_out_leaves_its_forward():
+    fast = torch_mbv2.patch(small_net(), filter_fn=lambda name, module: name != "")
+    found = kernel_counts(fast)
+    assert found["inverted_residual"] == 5
+    assert not {"stem_block", "conv_pool"} & set(found)
+
+
 def test_report_of_an_unpatched_model_tells_what_patch_would_do():
     net = small_net().train()
     would = torch_mbv2.report(net)
@@ -504,7 +828,7 @@ def test_report_of_an_unpatched_model_tells_what_patch_would_do():
     assert not any(isinstance(m, Swapped) for m in net.modules())
     plain = would.to_dict()
     assert plain["summary"] == would.summary()
-    assert plain["rows"][0]["kernel"] == "conv_implicit_gemm"
+    assert plain["rows"][-1]["kernel"] == "conv_pool"
 
 
 @torch.inference_mode()
@@ -561,6 +885,32 @@ def test_extra_repr_is_complete():
     )
 
 
+def test_extra_repr_of_blocks_is_complete():
+    expand = FusedConv2d.from_stock(conv(8, 16, 1, bias=False), act_min=0.0)
+    depthwise = FusedConv2d.from_stock(
+        conv(16, 16, (3, 5), 2, groups=16), same=True, act_min=0.0, act_max=6.0
+    )
+    point = FusedConv2d.from_stock(conv(16, 8, 1))
+    block = modules.FusedInvertedResidual.from_stock(expand, depthwise, point, residual=True)
+    assert repr(block) == (
+        "FusedInvertedResidual(8, 16, 8, expand=True, kernel_size=(3, 5), stride=(2, 2), "
+        "padding=same, residual=True, expand_bias=False, depthwise_bias=True, project_bias=True, "
+        "activation=relu6)"
+    )
+    depthwise = FusedConv2d.from_stock(conv(16, 16, 3, groups=16), same=True, act_min=0.0)
+    block = modules.FusedInvertedResidual.from_stock(None, depthwise, point)
+    stem = FusedConv2d.from_stock(conv(3, 16, 5, 2, 1), act_min=0.0)
+    assert repr(modules.FusedStemBlock.from_stock(stem, block)) == (
+        "FusedStemBlock(3, 16, 8, stem_kernel_size=(5, 5), stem_stride=(2, 2), "
+        "stem_padding=(1, 1, 1, 1), kernel_size=(3, 3), padding=(1, 1, 1, 1), stem_bias=True, "
+        "depthwise_bias=True, project_bias=True, activation=relu)"
+    )
+    pool = modules.GlobalAvgPool2d(None, keepdim=True)
+    assert repr(modules.FusedConvPool.from_stock(expand, pool)) == (
+        "FusedConvPool(8, 16, keepdim=True, bias=False, activation=relu)"
+    )
+
+
 @pytest.mark.parametrize("size", [7, 8, 9, 224, 225])
 @pytest.mark.parametrize(
     ("kernel", "stride", "dilation"), [(3, 2, 1), (3, 1, 1), (5, 2, 1), (3, 1, 2)]
@@ -585,6 +935,20 @@ def test_one_image_without_a_batch(device):
     got = torch_mbv2.patch(stock)(x)
     assert got.shape == (8, 4, 4)
     assert relative(got, stock(x)) < 2e-6
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+@pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
+def test_blocks_take_one_image_without_a_batch(device, padding):
+    net = small_net(padding=padding).to(device)
+    stock = nn.Sequential(*net.features, nn.AdaptiveAvgPool2d(1)).eval()
+    fast = torch_mbv2.patch(stock)
+    assert kernel_counts(fast) == {"stem_block": 1, "inverted_residual": 4, "conv_pool": 1}
+    x = images(1, 3, 33, 32, device=device)[0]
+    got = fast(x)
+    assert got.shape == (1280, 1, 1)
+    assert relative(got, stock(x[None])[0]) < 1e-5  # stock batch norms take batches only
 
 
 @pytest.mark.parametrize("verb", ["patch", "unpatch", "report"])

@@ -2,17 +2,18 @@
 
 Each is for inference only, keeps the stock module that it replaces in `stock` (outside the module
 tree: no parameters, no state_dict entries), and keeps it in step through `.to()` and `.half()`.
+A fused block is made from the modules of its layers and shares their parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import fold, ops
+from . import fold, ops, packing
 
 
 class Swapped(nn.Module):
@@ -27,6 +28,10 @@ class Swapped(nn.Module):
     kind: str
     #: the kernel that takes it, as `report` and the profiler name it
     kernel: str
+    #: the qualified name of the fused block that does its work when the whole model runs
+    absorbed_by: str | None = None
+    #: why no fused block does, where one might have
+    alone: str | None = None
 
     def __init__(self, stock: nn.Module | None) -> None:
         super().__init__()
@@ -179,14 +184,19 @@ def conv_padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     if conv.padding == "valid":
         return (0, 0, 0, 0)
     if conv.padding == "same":
-        sides = []
-        for kernel, dilation in zip(conv.kernel_size, conv.dilation, strict=True):
-            total = dilation * (kernel - 1)
-            sides.append((total // 2, total - total // 2))
-        (top, bottom), (left, right) = sides
-        return left, right, top, bottom
+        return _sides_of(conv.kernel_size, conv.dilation)
     vertical, horizontal = conv.padding
     return horizontal, horizontal, vertical, vertical
+
+
+def _sides_of(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, int, int, int]:
+    """The (left, right, top, bottom) zeros that keep the size at stride 1."""
+    sides = []
+    for kernel, distance in zip(kernel_size, dilation, strict=True):
+        total = distance * (kernel - 1)
+        sides.append((total // 2, total - total // 2))
+    (top, bottom), (left, right) = sides
+    return left, right, top, bottom
 
 
 def same_padding(
@@ -375,6 +385,307 @@ class Add(Swapped):
 
     def extra_repr(self) -> str:
         return _activation_repr(self.act_min, self.act_max).removeprefix(", ")
+
+
+class _FusedBlock(Swapped):
+    """Base of the blocks that read `packed`, their weights and biases in the order of the kernel,
+    which follows these through `.to()`, `.half()` and `load_state_dict`.
+
+    Args:
+        stock: the module replaced, if any.
+        parameters: by name, in the order in which the op takes them.
+    """
+
+    packed: Tensor | None
+
+    def __init__(
+        self,
+        stock: nn.Module | None,
+        parameters: Mapping[str, nn.Parameter | None],
+        act_min: float | None,
+        act_max: float | None,
+    ) -> None:
+        super().__init__(stock)
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+        self.act_min = act_min
+        self.act_max = act_max
+        self.register_buffer("packed", self._pack(), persistent=False)
+
+    def _pack(self) -> Tensor | None:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Swapped:
+        super()._apply(fn, recurse)
+        self.packed = self._pack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.packed = self._pack()
+
+    def _parameters_repr(self) -> str:
+        biases = [name for name in self._parameters if name.endswith("bias")]
+        return ", ".join(f"{name}={self._parameters[name] is not None}" for name in biases)
+
+
+class FusedInvertedResidual(_FusedBlock):
+    """MobileNetV2's block: pointwise expansion (or none), depthwise convolution and pointwise
+    projection, and the residual add; see `ops.inverted_residual`. A (C, H, W) input is one image,
+    as for stock.
+    """
+
+    kind = "inverted_residual"
+    kernel = "inverted_residual"
+
+    def __init__(
+        self,
+        stock: nn.Module | None,
+        parameters: Mapping[str, nn.Parameter | None],
+        stride: Sequence[int],
+        padding: Sequence[int] | None,
+        residual: bool,
+        act_min: float | None,
+        act_max: float | None,
+    ) -> None:
+        super().__init__(stock, parameters, act_min, act_max)
+        self.out_channels, self.hidden_channels = self.project_weight.shape[:2]
+        expands = self.expand_weight is not None
+        self.in_channels = self.expand_weight.shape[1] if expands else self.hidden_channels
+        self.kernel_size = tuple(self.depthwise_weight.shape[2:])
+        self.stride = tuple(stride)
+        #: (left, right, top, bottom), or None for TensorFlow's SAME, found from the input's size
+        self.padding = None if padding is None else tuple(padding)
+        self.residual = residual
+
+    @classmethod
+    def from_stock(
+        cls,
+        expand: FusedConv2d | None,
+        depthwise: FusedConv2d,
+        project: FusedConv2d,
+        residual: bool = False,
+        stock: nn.Module | None = None,
+    ) -> FusedInvertedResidual:
+        """Fuse the convolutions of a block, each with what stands around it.
+
+        Args:
+            expand: 1 x 1, with the activation of `depthwise`; None where there is none.
+            depthwise: of dilation 1.
+            project: 1 x 1, without activation.
+            residual: whether the block's input is added.
+            stock: the module that the block replaces, if any.
+        """
+        parameters = {
+            "expand_weight": None if expand is None else expand.weight,
+            "expand_bias": None if expand is None else expand.bias,
+            "depthwise_weight": depthwise.weight,
+            "depthwise_bias": depthwise.bias,
+            "project_weight": project.weight,
+            "project_bias": project.bias,
+        }
+        return cls(
+            stock,
+            parameters,
+            depthwise.stride,
+            depthwise.padding,
+            residual,
+            depthwise.act_min,
+            depthwise.act_max,
+        )
+
+    def _pack(self) -> Tensor | None:
+        return packing.pack_inverted_residual(*self._parameters.values())
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._require_eval()
+        ops._refuse_grad(self.kind, input)
+        batched = _batched(input)
+        padding = self.padding
+        if padding is None:
+            padding = same_padding(batched, self.kernel_size, self.stride, (1, 1))
+        out = ops._inverted_residual(
+            batched,
+            self.expand_weight,
+            self.expand_bias,
+            self.depthwise_weight,
+            self.depthwise_bias,
+            self.project_weight,
+            self.project_bias,
+            self.packed,
+            self.stride,
+            padding,
+            self.residual,
+            self.act_min,
+            self.act_max,
+        )
+        return out.squeeze(0) if input.dim() == 3 else out
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.hidden_channels}, {self.out_channels}, "
+            f"expand={self.expand_weight is not None}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={'same' if self.padding is None else self.padding}, "
+            f"residual={self.residual}, {self._parameters_repr()}"
+            + _activation_repr(self.act_min, self.act_max)
+        )
+
+
+class FusedStemBlock(_FusedBlock):
+    """MobileNetV2's stem, a dense convolution, with the first block, which has no expansion and
+    stride 1; see `ops.stem_block`. A (C, H, W) input is one image, as for stock.
+    """
+
+    kind = "stem_block"
+    kernel = "stem_block"
+
+    def __init__(
+        self,
+        stock: nn.Module | None,
+        parameters: Mapping[str, nn.Parameter | None],
+        stem_stride: Sequence[int],
+        stem_padding: Sequence[int] | None,
+        padding: Sequence[int],
+        act_min: float | None,
+        act_max: float | None,
+    ) -> None:
+        super().__init__(stock, parameters, act_min, act_max)
+        self.hidden_channels, self.in_channels = self.stem_weight.shape[:2]
+        self.out_channels = self.project_weight.shape[0]
+        self.stem_kernel_size = tuple(self.stem_weight.shape[2:])
+        self.kernel_size = tuple(self.depthwise_weight.shape[2:])
+        self.stem_stride = tuple(stem_stride)
+        #: (left, right, top, bottom), or None for TensorFlow's SAME, found from the input's size
+        self.stem_padding = None if stem_padding is None else tuple(stem_padding)
+        self.padding = tuple(padding)
+
+    @classmethod
+    def from_stock(
+        cls, stem: FusedConv2d, block: FusedInvertedResidual, stock: nn.Module | None = None
+    ) -> FusedStemBlock:
+        """Fuse `stem` with the block after it.
+
+        Args:
+            stem: one group, dilation 1, with the activation of `block`.
+            block: without expansion and residual, of stride 1.
+            stock: the module that both replace, if any.
+        """
+        parameters = {
+            "stem_weight": stem.weight,
+            "stem_bias": stem.bias,
+            "depthwise_weight": block.depthwise_weight,
+            "depthwise_bias": block.depthwise_bias,
+            "project_weight": block.project_weight,
+            "project_bias": block.project_bias,
+        }
+        padding = block.padding
+        if padding is None:
+            padding = _sides_of(block.kernel_size, (1, 1))  # at stride 1 for any size
+        return cls(
+            stock,
+            parameters,
+            stem.stride,
+            stem.padding,
+            padding,
+            stem.act_min,
+            stem.act_max,
+        )
+
+    def _pack(self) -> Tensor | None:
+        return packing.pack_stem_block(*self._parameters.values())
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._require_eval()
+        ops._refuse_grad(self.kind, input)
+        batched = _batched(input)
+        stem_padding = self.stem_padding
+        if stem_padding is None:
+            stem_padding = same_padding(batched, self.stem_kernel_size, self.stem_stride, (1, 1))
+        out = ops._stem_block(
+            batched,
+            self.stem_weight,
+            self.stem_bias,
+            self.depthwise_weight,
+            self.depthwise_bias,
+            self.project_weight,
+            self.project_bias,
+            self.packed,
+            self.stem_stride,
+            stem_padding,
+            self.padding,
+            self.act_min,
+            self.act_max,
+        )
+        return out.squeeze(0) if input.dim() == 3 else out
+
+    def extra_repr(self) -> str:
+        stem_padding = "same" if self.stem_padding is None else self.stem_padding
+        return (
+            f"{self.in_channels}, {self.hidden_channels}, {self.out_channels}, "
+            f"stem_kernel_size={self.stem_kernel_size}, stem_stride={self.stem_stride}, "
+            f"stem_padding={stem_padding}, kernel_size={self.kernel_size}, "
+            f"padding={self.padding}, {self._parameters_repr()}"
+            + _activation_repr(self.act_min, self.act_max)
+        )
+
+
+class FusedConvPool(Swapped):
+    """A pointwise convolution with its activation and the global average pooling after it; see
+    `ops.conv_pool`. A (C, H, W) input is one image, where the stock pooling takes one.
+
+    Args:
+        stock: the module replaced, if any.
+        keepdim: return (N, C, 1, 1) instead of (N, C).
+        dims: the dimensions the stock form averages, to serve inputs that are not 4-D.
+    """
+
+    kind = "conv_pool"
+    kernel = "conv_pool"
+
+    def __init__(
+        self,
+        stock: nn.Module | None,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        keepdim: bool,
+        dims: Sequence[int],
+        act_min: float | None,
+        act_max: float | None,
+    ) -> None:
+        super().__init__(stock)
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.out_channels, self.in_channels = weight.shape[:2]
+        self.keepdim = keepdim
+        self.dims = tuple(dims)
+        self.act_min = act_min
+        self.act_max = act_max
+
+    @classmethod
+    def from_stock(
+        cls, conv: FusedConv2d, pool: GlobalAvgPool2d, stock: nn.Module | None = None
+    ) -> FusedConvPool:
+        """Fuse `conv`, a 1 x 1 convolution of stride 1 without padding, with the `pool` after it;
+        `stock` is the module that both replace, if any."""
+        return cls(
+            stock, conv.weight, conv.bias, pool.keepdim, pool.dims, conv.act_min, conv.act_max
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._require_eval()
+        ops._refuse_grad(self.kind, input)
+        arguments = (self.weight, self.bias, self.act_min, self.act_max)
+        if input.dim() == 3:
+            pooled = ops._conv_pool(input.unsqueeze(0), *arguments)[0, :, None, None]
+            return pooled.mean(self.dims, keepdim=self.keepdim)  # of one pixel, by stock's rules
+        out = ops._conv_pool(input, *arguments)
+        return out[:, :, None, None] if self.keepdim else out
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, keepdim={self.keepdim}, "
+            f"bias={self.bias is not None}" + _activation_repr(self.act_min, self.act_max)
+        )
 
 
 class Folded(Swapped):

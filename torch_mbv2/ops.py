@@ -3,9 +3,9 @@ PyTorch implementation, fake (shapes and strides without data) and documented wr
 
 The wrappers take what the `torch.nn.functional` namesakes take, plus `activation`: None, "relu",
 "relu6", or (min, max) with None for an open side. Every op takes float32, float16 and bfloat16,
-accumulates in float32 or better, rounds once, and is for inference only. The stock implementation
-serves every device; the compiled library replaces it on CUDA. Both, and the fake, refuse bad
-arguments with the same sentence.
+accumulates in float32 or better, rounds once (a fused block at most once a layer), and is for
+inference only. The stock implementation serves every device; the compiled library replaces it on
+CUDA. Both, and the fake, refuse bad arguments with the same sentence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _extension, reference
+from . import _extension, packing, reference
 
 Activation = str | tuple[float | None, float | None] | None
 
@@ -65,9 +65,9 @@ def _shape(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
-def _check_float(op: str, input: Tensor) -> None:
-    if input.dtype not in DTYPES:
-        raise _fail(op, f"input must be float32, float16 or bfloat16, got {_name(input.dtype)}")
+def _check_float(op: str, x: Tensor, name: str = "input") -> None:
+    if x.dtype not in DTYPES:
+        raise _fail(op, f"{name} must be float32, float16 or bfloat16, got {_name(x.dtype)}")
 
 
 def _check_image(op: str, input: Tensor) -> None:
@@ -87,21 +87,47 @@ def _check_size(op: str, name: str, channels: int, height: int, width: int) -> N
         )
 
 
-def _check_alike(op: str, name: str, x: Tensor, input: Tensor) -> None:
-    if x.dtype != input.dtype:
+def _check_alike(
+    op: str, name: str, x: Tensor, input: Tensor, like: tuple[str, Tensor] | None = None
+) -> None:
+    """`x` must have the dtype of `input`, or of what `like` names, and the device of `input`."""
+    model, tensor = ("input", input) if like is None else like
+    if x.dtype != tensor.dtype:
         raise _fail(
-            op, f"{name} must have the dtype of input, {_name(input.dtype)}, got {_name(x.dtype)}"
+            op,
+            f"{name} must have the dtype of {model}, {_name(tensor.dtype)}, got {_name(x.dtype)}",
         )
     if x.device != input.device:
         raise _fail(op, f"{name} must be on the device of input, {input.device}, got {x.device}")
 
 
-def _check_bias(op: str, bias: Tensor | None, channels: int, input: Tensor) -> None:
+def _check_bias(
+    op: str,
+    bias: Tensor | None,
+    channels: int,
+    input: Tensor,
+    part: str = "",
+    like: tuple[str, Tensor] | None = None,
+) -> None:
+    """`part` is what comes before "bias" and "weight" in the arguments' names."""
     if bias is None:
         return
-    _check_alike(op, "bias", bias, input)
+    name = f"{part}bias"
+    _check_alike(op, name, bias, input, like)
     if bias.dim() != 1 or bias.shape[0] != channels:
-        raise _fail(op, f"bias must have shape ({channels},) from weight, got {_shape(bias)}")
+        raise _fail(
+            op, f"{name} must have shape ({channels},) from {part}weight, got {_shape(bias)}"
+        )
+
+
+def _check_channels(op: str, input: Tensor) -> None:
+    if input.shape[1] < 1:
+        raise _fail(op, f"input must have at least one channel, got {_shape(input)}")
+
+
+def _check_pixels(op: str, input: Tensor) -> None:
+    if input.shape[2] < 1 or input.shape[3] < 1:
+        raise _fail(op, f"input must have at least one pixel, got {_shape(input)}")
 
 
 def _check_ints(op: str, name: str, values: Sequence[int], count: int, least: int) -> None:
@@ -118,12 +144,20 @@ def _check_activation(op: str, act_min: float | None, act_max: float | None) -> 
         raise _fail(op, f"act_min must not exceed act_max, got {act_min:g} and {act_max:g}")
 
 
-def _check_kernel_fits(op: str, height: int, width: int, kernel_h: int, kernel_w: int) -> None:
+def _check_kernel_fits(
+    op: str,
+    height: int,
+    width: int,
+    kernel_h: int,
+    kernel_w: int,
+    kernel: str = "kernel",
+    image: str = "input",
+) -> None:
     if kernel_h < 1 or kernel_w < 1 or height < kernel_h or width < kernel_w:
         raise _fail(
             op,
-            "the kernel must fit into the padded input: dilated kernel "
-            f"{(kernel_h, kernel_w)}, padded input {(height, width)}",
+            f"the {kernel} must fit into the padded {image}: dilated kernel "
+            f"{(kernel_h, kernel_w)}, padded {image} {(height, width)}",
         )
 
 
@@ -180,9 +214,9 @@ def _pair(op: str, name: str, value: int | Sequence[int]) -> list[int]:
     return values if isinstance(values, list) else [values, values]
 
 
-def _sides(op: str, padding: int | Sequence[int]) -> list[int]:
+def _sides(op: str, padding: int | Sequence[int], name: str = "padding") -> list[int]:
     """p, (vertical, horizontal) as in F.conv2d, or (left, right, top, bottom) as in F.pad."""
-    values = _ints(op, "padding", padding)
+    values = _ints(op, name, padding)
     if not isinstance(values, list):
         return [values] * 4
     if len(values) == 2:
@@ -213,8 +247,7 @@ def _conv2d_shape(
     _check_ints(op, "padding", padding, 4, 0)
     _check_ints(op, "dilation", dilation, 2, 1)
     n, channels, height, width = input.shape
-    if channels < 1:
-        raise _fail(op, f"input must have at least one channel, got {_shape(input)}")
+    _check_channels(op, input)
     if weight.dim() != 4:
         raise _fail(
             op, f"weight must have shape (Cout, Cin / groups, kH, kW), got {_shape(weight)}"
@@ -630,8 +663,7 @@ def avg_pool2d(
 def _global_avg_pool2d_check(input: Tensor) -> None:
     op = "global_avg_pool2d"
     _check_image(op, input)
-    if input.shape[2] < 1 or input.shape[3] < 1:
-        raise _fail(op, f"input must have at least one pixel, got {_shape(input)}")
+    _check_pixels(op, input)
 
 
 def _global_avg_pool2d_fake(input: Tensor, keepdim: bool) -> Tensor:
@@ -822,6 +854,541 @@ def im2col(
         _pair("im2col", "padding", padding),
         _pair("im2col", "stride", stride),
     )
+
+
+# ---------------------------------------------------------------------------- inverted_residual
+
+
+def _check_fills(op: str, name: str, weight: Tensor) -> None:
+    if weight.shape[0] < 1:
+        raise _fail(op, f"{name} must have at least one output channel, got {_shape(weight)}")
+
+
+def _check_depthwise(op: str, weight: Tensor, channels: int, source: str) -> None:
+    if weight.dim() != 4 or tuple(weight.shape[:2]) != (channels, 1):
+        raise _fail(
+            op,
+            f"depthwise_weight must have shape ({channels}, 1, kH, kW) from {source}, "
+            f"got {_shape(weight)}",
+        )
+
+
+def _check_project(op: str, weight: Tensor, channels: int) -> None:
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (channels, 1, 1):
+        raise _fail(
+            op,
+            f"project_weight must have shape (Cout, {channels}, 1, 1) from depthwise_weight, "
+            f"got {_shape(weight)}",
+        )
+
+
+def _check_packed(
+    op: str, packed: Tensor | None, input: Tensor, like: tuple[str, Tensor] | None = None
+) -> None:
+    if packed is None:
+        return
+    _check_alike(op, "packed", packed, input, like)
+    if packed.dim() != 1:
+        raise _fail(op, f"packed must have shape (L,), got {_shape(packed)}")
+
+
+def _inverted_residual_shape(
+    input: Tensor,
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    packed: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    residual: bool,
+    act_min: float | None,
+    act_max: float | None,
+) -> tuple[int, int, int, int]:
+    """Check all arguments; the output shape."""
+    op = "inverted_residual"
+    _check_image(op, input)
+    _check_channels(op, input)
+    n, channels, height, width = input.shape
+    if expand_weight is not None:
+        _check_alike(op, "expand_weight", expand_weight, input)
+    _check_alike(op, "depthwise_weight", depthwise_weight, input)
+    _check_alike(op, "project_weight", project_weight, input)
+    expanded, source = channels, "input"
+    if expand_weight is not None:
+        if expand_weight.dim() != 4 or tuple(expand_weight.shape[1:]) != (channels, 1, 1):
+            raise _fail(
+                op,
+                f"expand_weight must have shape (E, {channels}, 1, 1) from input, "
+                f"got {_shape(expand_weight)}",
+            )
+        _check_fills(op, "expand_weight", expand_weight)
+        expanded, source = expand_weight.shape[0], "expand_weight"
+    _check_depthwise(op, depthwise_weight, expanded, source)
+    _check_project(op, project_weight, expanded)
+    if expand_weight is None and expand_bias is not None:
+        raise _fail(op, "expand_bias must be None where expand_weight is None")
+    _check_bias(op, expand_bias, expanded, input, "expand_")
+    _check_bias(op, depthwise_bias, expanded, input, "depthwise_")
+    _check_bias(op, project_bias, project_weight.shape[0], input, "project_")
+    _check_packed(op, packed, input)
+    _check_ints(op, "stride", stride, 2, 1)
+    _check_ints(op, "padding", padding, 4, 0)
+    _check_activation(op, act_min, act_max)
+    kernel_h, kernel_w = depthwise_weight.shape[2:]
+    padded_h = height + padding[2] + padding[3]
+    padded_w = width + padding[0] + padding[1]
+    _check_kernel_fits(op, padded_h, padded_w, kernel_h, kernel_w)
+    out_h = (padded_h - kernel_h) // stride[0] + 1
+    out_w = (padded_w - kernel_w) // stride[1] + 1
+    out_channels = project_weight.shape[0]
+    # The stock implementation, and CUDA where no fused kernel fits, make these too.
+    _check_size(op, "expanded input", expanded, height, width)
+    _check_size(op, "depthwise output", expanded, out_h, out_w)
+    _check_size(op, "output", out_channels, out_h, out_w)
+    if residual and (out_channels, out_h, out_w) != (channels, height, width):
+        raise _fail(
+            op,
+            f"residual needs an output of the shape of input, {_shape(input)}, "
+            f"got {(n, out_channels, out_h, out_w)}",
+        )
+    return n, out_channels, out_h, out_w
+
+
+def _inverted_residual_fake(
+    input: Tensor,
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    packed: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    residual: bool,
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    shape = _inverted_residual_shape(
+        input,
+        expand_weight,
+        expand_bias,
+        depthwise_weight,
+        depthwise_bias,
+        project_weight,
+        project_bias,
+        packed,
+        stride,
+        padding,
+        residual,
+        act_min,
+        act_max,
+    )
+    return _empty_channels_last(input, *shape)
+
+
+def _inverted_residual_stock(
+    input: Tensor,
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    packed: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    residual: bool,
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    weights = (
+        expand_weight,
+        expand_bias,
+        depthwise_weight,
+        depthwise_bias,
+        project_weight,
+        project_bias,
+    )
+    options = (stride, padding, residual, act_min, act_max)
+    shape = _inverted_residual_shape(input, *weights, packed, *options)
+    if 0 in shape:
+        return _empty_channels_last(input, *shape)
+    return _as_channels_last(reference.inverted_residual(input, *weights, *options))
+
+
+_inverted_residual = _define(
+    "inverted_residual(Tensor input, Tensor? expand_weight, Tensor? expand_bias, "
+    "Tensor depthwise_weight, Tensor? depthwise_bias, Tensor project_weight, "
+    "Tensor? project_bias, Tensor? packed, int[2] stride, int[4] padding, bool residual, "
+    "float? act_min, float? act_max) -> Tensor",
+    _inverted_residual_fake,
+    _inverted_residual_stock,
+)
+
+
+def inverted_residual(
+    input: Tensor,
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 1,
+    residual: bool = False,
+    activation: Activation = "relu6",
+    packed: Tensor | None = None,
+) -> Tensor:
+    """MobileNetV2's block in one kernel: 1 x 1 expansion, depthwise convolution, 1 x 1 projection
+    without activation, residual add.
+
+    Equivalent: `y = act(F.conv2d(input, expand_weight, expand_bias))` (`y = input` without
+    `expand_weight`); `y = act(F.conv2d(F.pad(y, padding), depthwise_weight, depthwise_bias, stride,
+    groups=E))`; `y = F.conv2d(y, project_weight, project_bias)`; `input + y` with `residual`, else
+    `y`. The padding is zeros of the expanded tensor. Where no fused kernel fits the sizes or the
+    dtype, CUDA runs these steps one by one. Source: Sandler et al., "MobileNetV2: Inverted
+    Residuals and Linear Bottlenecks", CVPR 2018, figure 4d and table 1.
+
+    Args:
+        input: (N, Cin, H, W), float32, float16 or bfloat16; channels_last is fastest.
+        expand_weight: (E, Cin, 1, 1), or None, where E is Cin; dtype and device of `input`, as all
+            other tensors.
+        expand_bias: (E,) or None.
+        depthwise_weight: (E, 1, kH, kW).
+        depthwise_bias: (E,) or None.
+        project_weight: (Cout, E, 1, 1).
+        project_bias: (Cout,) or None.
+        stride: pixels, of the depthwise convolution; one value or (vertical, horizontal).
+        padding: zeros around the expanded tensor, in pixels: one value, (vertical, horizontal) as
+            in `F.conv2d`, or (left, right, top, bottom) as in `F.pad`.
+        residual: add `input`; the output must have its shape.
+        activation: after the expansion and after the depthwise convolution: None, "relu", "relu6",
+            or (min, max).
+        packed: what `packing.pack_inverted_residual` makes of the weights and biases. On CUDA each
+            call without it packs them again, so pack once and pass it.
+
+    Returns:
+        (N, Cout, Hout, Wout), channels_last.
+
+    Raises:
+        RuntimeError: an argument breaks a rule above, or requires grad in grad mode.
+    """
+    op = "inverted_residual"
+    weights = (
+        expand_weight,
+        expand_bias,
+        depthwise_weight,
+        depthwise_bias,
+        project_weight,
+        project_bias,
+    )
+    _refuse_grad(op, input, *weights, packed)
+    act_min, act_max = _bounds(op, activation)
+    options = (_pair(op, "stride", stride), _sides(op, padding), residual, act_min, act_max)
+    if packed is None and input.is_cuda:
+        _inverted_residual_shape(input, *weights, packed, *options)  # before anything is packed
+        packed = packing.pack_inverted_residual(*weights)
+    return _inverted_residual(input, *weights, packed, *options)
+
+
+# ----------------------------------------------------------------------------------- stem_block
+
+
+def _stem_block_shape(
+    input: Tensor,
+    stem_weight: Tensor,
+    stem_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    packed: Tensor | None,
+    stem_stride: Sequence[int],
+    stem_padding: Sequence[int],
+    padding: Sequence[int],
+    act_min: float | None,
+    act_max: float | None,
+) -> tuple[int, int, int, int]:
+    """Check all arguments; the output shape."""
+    op = "stem_block"
+    _check_image(op, input)
+    _check_channels(op, input)
+    n, channels, height, width = input.shape
+    like = ("stem_weight", stem_weight)
+    _check_float(op, stem_weight, "stem_weight")
+    _check_alike(op, "stem_weight", stem_weight, input, like)
+    _check_alike(op, "depthwise_weight", depthwise_weight, input, like)
+    _check_alike(op, "project_weight", project_weight, input, like)
+    if stem_weight.dim() != 4 or stem_weight.shape[1] != channels:
+        raise _fail(
+            op,
+            f"stem_weight must have shape (S, {channels}, kH, kW) from input, "
+            f"got {_shape(stem_weight)}",
+        )
+    _check_fills(op, "stem_weight", stem_weight)
+    hidden, _, stem_h, stem_w = stem_weight.shape
+    _check_depthwise(op, depthwise_weight, hidden, "stem_weight")
+    _check_project(op, project_weight, hidden)
+    _check_bias(op, stem_bias, hidden, input, "stem_", like)
+    _check_bias(op, depthwise_bias, hidden, input, "depthwise_", like)
+    _check_bias(op, project_bias, project_weight.shape[0], input, "project_", like)
+    _check_packed(op, packed, input, like)
+    _check_ints(op, "stem_stride", stem_stride, 2, 1)
+    _check_ints(op, "stem_padding", stem_padding, 4, 0)
+    _check_ints(op, "padding", padding, 4, 0)
+    _check_activation(op, act_min, act_max)
+    padded_h = height + stem_padding[2] + stem_padding[3]
+    padded_w = width + stem_padding[0] + stem_padding[1]
+    _check_kernel_fits(op, padded_h, padded_w, stem_h, stem_w, "stem kernel")
+    hidden_h = (padded_h - stem_h) // stem_stride[0] + 1
+    hidden_w = (padded_w - stem_w) // stem_stride[1] + 1
+    kernel_h, kernel_w = depthwise_weight.shape[2:]
+    padded_h = hidden_h + padding[2] + padding[3]
+    padded_w = hidden_w + padding[0] + padding[1]
+    _check_kernel_fits(
+        op, padded_h, padded_w, kernel_h, kernel_w, "depthwise kernel", "stem output"
+    )
+    out_h, out_w = padded_h - kernel_h + 1, padded_w - kernel_w + 1
+    out_channels = project_weight.shape[0]
+    _check_size(op, "stem output", hidden, hidden_h, hidden_w)
+    _check_size(op, "depthwise output", hidden, out_h, out_w)
+    _check_size(op, "output", out_channels, out_h, out_w)
+    return n, out_channels, out_h, out_w
+
+
+def _stem_block_fake(
+    input: Tensor,
+    stem_weight: Tensor,
+    stem_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    packed: Tensor | None,
+    stem_stride: Sequence[int],
+    stem_padding: Sequence[int],
+    padding: Sequence[int],
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    shape = _stem_block_shape(
+        input,
+        stem_weight,
+        stem_bias,
+        depthwise_weight,
+        depthwise_bias,
+        project_weight,
+        project_bias,
+        packed,
+        stem_stride,
+        stem_padding,
+        padding,
+        act_min,
+        act_max,
+    )
+    return _empty_channels_last(stem_weight, *shape)
+
+
+def _stem_block_stock(
+    input: Tensor,
+    stem_weight: Tensor,
+    stem_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    packed: Tensor | None,
+    stem_stride: Sequence[int],
+    stem_padding: Sequence[int],
+    padding: Sequence[int],
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    weights = (
+        stem_weight,
+        stem_bias,
+        depthwise_weight,
+        depthwise_bias,
+        project_weight,
+        project_bias,
+    )
+    options = (stem_stride, stem_padding, padding, act_min, act_max)
+    shape = _stem_block_shape(input, *weights, packed, *options)
+    if 0 in shape:
+        return _empty_channels_last(stem_weight, *shape)
+    return _as_channels_last(reference.stem_block(input, *weights, *options))
+
+
+_stem_block = _define(
+    "stem_block(Tensor input, Tensor stem_weight, Tensor? stem_bias, Tensor depthwise_weight, "
+    "Tensor? depthwise_bias, Tensor project_weight, Tensor? project_bias, Tensor? packed, "
+    "int[2] stem_stride, int[4] stem_padding, int[4] padding, float? act_min, float? act_max) "
+    "-> Tensor",
+    _stem_block_fake,
+    _stem_block_stock,
+)
+
+
+def stem_block(
+    input: Tensor,
+    stem_weight: Tensor,
+    stem_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    stem_stride: int | Sequence[int] = 2,
+    stem_padding: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 1,
+    activation: Activation = "relu6",
+    packed: Tensor | None = None,
+) -> Tensor:
+    """MobileNetV2's start in one kernel: the stem, a dense convolution, and the first block, which
+    has no expansion and stride 1. It reads images of any float dtype and layout as they are.
+
+    Equivalent: `y = act(F.conv2d(F.pad(input.to(stem_weight.dtype), stem_padding), stem_weight,
+    stem_bias, stem_stride))`; `y = act(F.conv2d(F.pad(y, padding), depthwise_weight,
+    depthwise_bias, groups=S))`; `F.conv2d(y, project_weight, project_bias)`. Where no fused kernel
+    fits the sizes or the dtype, CUDA runs these steps one by one. Source: Sandler et al.,
+    "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, rows 1 and 2 of table 2.
+
+    Args:
+        input: (N, Cin, H, W), float32, float16 or bfloat16, whatever the weights are.
+        stem_weight: (S, Cin, kH, kW), float32, float16 or bfloat16, on the device of `input`.
+        stem_bias: (S,) or None; dtype and device of `stem_weight`, as all other tensors.
+        depthwise_weight: (S, 1, kH, kW).
+        depthwise_bias: (S,) or None.
+        project_weight: (Cout, S, 1, 1).
+        project_bias: (Cout,) or None.
+        stem_stride: pixels, of the stem; one value or (vertical, horizontal).
+        stem_padding: zeros around `input`, in pixels: one value, (vertical, horizontal) as in
+            `F.conv2d`, or (left, right, top, bottom) as in `F.pad`.
+        padding: zeros around the stem's output, in the same forms.
+        activation: after the stem and after the depthwise convolution: None, "relu", "relu6", or
+            (min, max).
+        packed: what `packing.pack_stem_block` makes of the weights and biases. On CUDA each call
+            without it packs them again, so pack once and pass it.
+
+    Returns:
+        (N, Cout, Hout, Wout) of the dtype of `stem_weight`, channels_last.
+
+    Raises:
+        RuntimeError: an argument breaks a rule above, or requires grad in grad mode.
+    """
+    op = "stem_block"
+    weights = (
+        stem_weight,
+        stem_bias,
+        depthwise_weight,
+        depthwise_bias,
+        project_weight,
+        project_bias,
+    )
+    _refuse_grad(op, input, *weights, packed)
+    act_min, act_max = _bounds(op, activation)
+    options = (
+        _pair(op, "stem_stride", stem_stride),
+        _sides(op, stem_padding, "stem_padding"),
+        _sides(op, padding),
+        act_min,
+        act_max,
+    )
+    if packed is None and input.is_cuda:
+        _stem_block_shape(input, *weights, packed, *options)  # before anything is packed
+        packed = packing.pack_stem_block(*weights)
+    return _stem_block(input, *weights, packed, *options)
+
+
+# ------------------------------------------------------------------------------------ conv_pool
+
+
+def _conv_pool_shape(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act_min: float | None,
+    act_max: float | None,
+) -> tuple[int, int]:
+    op = "conv_pool"
+    _check_image(op, input)
+    _check_channels(op, input)
+    _check_pixels(op, input)
+    n, channels, height, width = input.shape
+    _check_alike(op, "weight", weight, input)
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (channels, 1, 1):
+        raise _fail(
+            op,
+            f"weight must have shape (Cout, {channels}, 1, 1) from input, got {_shape(weight)}",
+        )
+    out_channels = weight.shape[0]
+    _check_bias(op, bias, out_channels, input)
+    _check_activation(op, act_min, act_max)
+    _check_size(op, "convolution output", out_channels, height, width)
+    return n, out_channels
+
+
+def _conv_pool_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    return input.new_empty(_conv_pool_shape(input, weight, bias, act_min, act_max))
+
+
+def _conv_pool_stock(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    shape = _conv_pool_shape(input, weight, bias, act_min, act_max)
+    if 0 in shape:
+        return input.new_empty(shape)
+    return reference.conv_pool(input, weight, bias, act_min, act_max).contiguous()
+
+
+_conv_pool = _define(
+    "conv_pool(Tensor input, Tensor weight, Tensor? bias, float? act_min, float? act_max) "
+    "-> Tensor",
+    _conv_pool_fake,
+    _conv_pool_stock,
+)
+
+
+def conv_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = None,
+) -> Tensor:
+    """MobileNetV2's head in one kernel: 1 x 1 convolution, activation, mean over height and width.
+
+    Equivalent: `act(F.conv2d(input, weight, bias)).mean((2, 3))`. Source: Sandler et al.,
+    "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, table 2.
+
+    Args:
+        input: (N, Cin, H, W) with at least one pixel, float32, float16 or bfloat16; channels_last
+            is fastest.
+        weight: (Cout, Cin, 1, 1), dtype and device of `input`.
+        bias: (Cout,) or None.
+        activation: between convolution and mean: None, "relu", "relu6", or (min, max).
+
+    Returns:
+        (N, Cout), contiguous.
+
+    Raises:
+        RuntimeError: an argument breaks a rule above, or requires grad in grad mode.
+    """
+    _refuse_grad("conv_pool", input, weight, bias)
+    return _conv_pool(input, weight, bias, *_bounds("conv_pool", activation))
 
 
 # With the schemas in place, the compiled library (where there is one) adds its CUDA kernels.

@@ -9,6 +9,15 @@ the others a `Folded` identity. So the model keeps its class, its attributes and
 where a pattern contains a function call (`x + self.conv(x)`, `x.mean([2, 3])`) the forward of that
 one module is replaced by the code of its rewritten graph. Whatever is not matched exactly stays as
 it was, with a reason.
+
+How blocks are fused, at level "block". The graphs now call our own layers, so a second round can
+match chains of these: an inverted residual, the stem with the block after it, the last convolution
+with the pooling. A fused block shares the parameters of its layers and is a new child of the module
+whose forward holds the chain and now calls the block instead. The layers stay where they are, so
+that a part of the model that is called on its own still does what it did. A chain may cross into a
+module with a forward of its own, which is then copied into the outer one. Only in a Sequential,
+whose children are its forward, and in a GraphModule, which loses on a copy what it does not call,
+the block stands in the place of its first layer, and the others become `Folded`.
 """
 
 from __future__ import annotations
@@ -19,7 +28,7 @@ import importlib
 import operator
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,7 +66,8 @@ class Row:
         kind: what the layer is, such as "depthwise" or "Softmax".
         detail: its sizes, as far as the layer itself tells them.
         kernel: the kernel that takes it ("folded" where another layer does its work), or None.
-        reason: why it stays stock, or None.
+        reason: why it stays stock or, where it might be part of a fused block, why it is not;
+            None where there is nothing to tell.
         supported: whether a kernel exists for layers of this kind.
     """
 
@@ -112,7 +122,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "sizes", "kernel", "why stock")
+        header = ("layer", "kind", "sizes", "kernel", "why")
         table = [header] + [
             (row.name, row.kind, row.detail, row.kernel or "stock", row.reason or "")
             for row in self.rows
@@ -254,9 +264,20 @@ class _Scope:
     calls: Counter[int]
     filter_fn: FilterFn
     reasons: dict[int, str]
+    #: all scopes of the model, by the identity of their root
+    scopes: dict[int, _Scope] = field(default_factory=dict)
+    #: the layers, of any scope, whose work a fused block does
+    absorbed: list[Swapped] = field(default_factory=list)
     #: nodes whose value is an image or feature vector that one of our kernels made
     produced: set[fx.Node] = field(default_factory=set)
+    #: names of the modules added to the root for calls in its rewritten forward
+    added: set[str] = field(default_factory=set)
     rewritten: bool = False
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a rewritten forward cannot leave out or add children of the root."""
+        return isinstance(self.root, fx.GraphModule | nn.Sequential)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module that `node` calls, if it calls one."""
@@ -265,7 +286,19 @@ class _Scope:
         return self.root.get_submodule(str(node.target))
 
     def full_name(self, node: fx.Node) -> str:
-        return f"{self.name}.{node.target}" if self.name else str(node.target)
+        return self.qualified(str(node.target))
+
+    def qualified(self, name: str) -> str:
+        return f"{self.name}.{name}" if self.name else name
+
+    def idle(self, node: fx.Node) -> bool:
+        """Whether `node` hands its first input on as it is."""
+        module = self.module(node)
+        if module is None or _has_hooks(module) or not node.args:
+            return False
+        return type(module) is nn.Identity or (
+            isinstance(module, modules.Folded) and module.rest is None
+        )
 
     def takes(self, node: fx.Node) -> str | None:
         """None if the module that `node` calls may be changed, else why not."""
@@ -279,7 +312,7 @@ class _Scope:
         """The only user of `node`'s value, looking through identities."""
         while len(node.users) == 1:
             (user,) = node.users
-            if type(self.module(user)) is not nn.Identity:
+            if not self.idle(user):
                 return user
             node = user
         return None
@@ -288,10 +321,16 @@ class _Scope:
         """What makes the first input of `node`, if nothing else uses it, through identities."""
         source = node.args[0] if node.args else None
         while isinstance(source, fx.Node) and len(source.users) == 1:
-            if type(self.module(source)) is not nn.Identity:
+            if not self.idle(source):
                 return source
             source = source.args[0] if source.args else None
         return None
+
+    def made_by(self, node: fx.Node) -> fx.Node:
+        """What makes the value of `node`, through identities."""
+        while self.idle(node):
+            node = node.args[0]
+        return node
 
     def replace(self, node: fx.Node, new: nn.Module) -> None:
         """Put `new` in the place of what `node` calls: by a swap of the module where that is called
@@ -301,16 +340,22 @@ class _Scope:
             _set_submodule(self.root, str(node.target), new)
             self.calls[id(new)] = 1
             return
+        node.op, node.target = "call_module", self.add(new)
+
+    def add(self, new: nn.Module) -> str:
+        """Make `new` a child of the root for the rewritten forward to call; its name."""
         if isinstance(new, Swapped):
             new.__dict__["stock"] = None  # nothing was replaced: `unpatch` just deletes it
         prefix = f"torch_mbv2_{new.kind if isinstance(new, Swapped) else 'layer'}"
         count = 0
         while hasattr(self.root, f"{prefix}_{count}"):
             count += 1
-        self.root.add_module(f"{prefix}_{count}", new)
+        name = f"{prefix}_{count}"
+        self.root.add_module(name, new)
         self.calls[id(new)] = 1
-        node.op, node.target = "call_module", f"{prefix}_{count}"
+        self.added.add(name)
         self.rewritten = True
+        return name
 
     def drop(self, node: fx.Node, into: str, rest: nn.Module | None = None) -> None:
         """Take `node`, whose work went `into` another module, out of the dataflow."""
@@ -318,9 +363,116 @@ class _Scope:
         if module is not None and self.calls[id(module)] == 1:
             self.replace(node, modules.Folded(module, into, rest))
             return
-        node.replace_all_uses_with(node.args[0])
+        self.erase(node, node.args[0])
+
+    def erase(self, node: fx.Node, value: Any) -> None:
+        """Take the call `node` out of the forward; `value` stands for what it made."""
+        node.replace_all_uses_with(value)
         self.graph.erase_node(node)
         self.rewritten = True
+
+    def fuse(self, chain: Sequence[fx.Node], block: Swapped) -> None:
+        """Let `block` do the work of `chain`: calls of layers, each on the value of the one before
+        and, where it is a residual add, on the input of the first."""
+        if self.fixed:
+            self._fuse_in_place(chain, block)
+            return
+        first, last = chain[0], chain[-1]
+        name = self.add(block)
+        with self.graph.inserting_after(last):
+            call = self.graph.call_module(name, (first.args[0],))
+        last.replace_all_uses_with(call)
+        for node in chain:
+            self._absorb(node, self.qualified(name))
+        for node in reversed(self.graph.nodes):
+            if not node.users and (node in chain or self.idle(node)):
+                self.graph.erase_node(node)
+        for node in chain:
+            if node.target in self.added:
+                self._forget(str(node.target))
+
+    def _absorb(self, node: fx.Node, into: str) -> None:
+        module, name = self.module(node), self.full_name(node)
+        assert isinstance(module, Swapped)
+        self.absorbed.append(module)
+        module.absorbed_by = name
+        for layer in self.absorbed:  # those that a block in the chain had absorbed go along
+            if layer.absorbed_by == name:
+                layer.absorbed_by = into
+
+    def _forget(self, name: str) -> None:
+        """Delete a module that was added for a call which is no more."""
+        self.added.discard(name)
+        delattr(self.root, name)
+
+    def _fuse_in_place(self, chain: Sequence[fx.Node], block: Swapped) -> None:
+        first, *others = chain
+        layer = self.module(first)
+        assert isinstance(layer, Swapped)
+        block.__dict__["stock"] = layer.stock
+        _set_submodule(self.root, str(first.target), block)
+        self.calls[id(block)] = 1
+        into = self.full_name(first)
+        names = {self.full_name(node) for node in others}
+        for node in self.graph.nodes:
+            module = self.module(node)
+            if isinstance(module, modules.Folded) and module.into in names:
+                module.into = into
+        for node in others:
+            # Those done before are idle now, so it is the block that makes the value of this one.
+            (value,) = (operand for operand in node.args if self.made_by(operand) is first)
+            if node.target in self.added:
+                self.erase(node, value)
+                self._forget(str(node.target))
+                continue
+            module = self.module(node)
+            stock = module.stock if isinstance(module, Swapped) else module
+            _set_submodule(self.root, str(node.target), modules.Folded(stock, into))
+            if node.args != (value,):
+                node.args = (value,)
+                self.rewritten = True
+
+    def peek(self, node: fx.Node | None) -> nn.Module | None:
+        """The module that `node` calls. Of one with a forward of its own, the first layer that this
+        calls, if the forward can be copied into the root's or, where that is fixed, is this layer
+        alone, so that the module can be left out."""
+        module = self.module(node) if node is not None else None
+        inner = self.scopes.get(id(module))
+        if node is None or inner is None:
+            return module
+        layer = inner.entry()
+        if layer is None or inner.fixed or self.calls[id(module)] != 1:
+            return None
+        if len(node.args) != 1 or node.kwargs:
+            return None
+        if self.fixed and any(user.op != "output" for user in layer.users):
+            return None
+        if _untouchable(inner.root, inner.name, self.filter_fn) is not None:
+            return None
+        return inner.module(layer)
+
+    def entry(self) -> fx.Node | None:
+        """The call that alone takes the forward's only used argument."""
+        used = [node for node in self.graph.nodes if node.op == "placeholder" and node.users]
+        follower = self.next(used[0]) if len(used) == 1 else None
+        return follower if follower is not None and follower.op == "call_module" else None
+
+    def enter(self, node: fx.Node) -> fx.Node:
+        """The call of what `peek` shows, in this graph, after copying the forward that holds it."""
+        inner = self.scopes.get(id(self.module(node)))
+        if inner is None or self.fixed:
+            return node
+        layer = inner.entry()
+        assert layer is not None
+        arguments = [argument for argument in inner.graph.nodes if argument.op == "placeholder"]
+        copies: dict[fx.Node, Any] = dict.fromkeys(arguments, node.args[0])
+        with self.graph.inserting_before(node):
+            value = self.graph.graph_copy(inner.graph, copies)
+        for original, copied in copies.items():
+            if original.op in ("call_module", "get_attr"):
+                copied.target = f"{node.target}.{original.target}"
+        self.erase(node, value)
+        return copies[layer]
 
 
 def _set_submodule(root: nn.Module, target: str, new: nn.Module) -> None:
@@ -681,6 +833,129 @@ def _through_identities(scope: _Scope, node: fx.Node) -> fx.Node:
     return node
 
 
+# ---------------------------------------------------------------------------------------- blocks
+
+
+def _fuse_blocks(scope: _Scope) -> None:
+    """Fuse the chains of layers in one scope that have a kernel together."""
+    if not scope.fixed and not scope.filter_fn(scope.name, scope.root):
+        _leave_alone(scope, f"filter_fn left {scope.name or 'the model'} out")
+        return
+    for fuse in (_fuse_inverted_residual, _fuse_stem_block, _fuse_conv_pool):
+        for node in list(scope.graph.nodes):
+            if not node._erased:
+                fuse(scope, node)
+    _leave_alone(scope, "no 1 x 1 convolution that is used only here comes right before it")
+    if scope.rewritten and not scope.fixed:
+        for node in list(scope.graph.nodes):
+            if scope.idle(node):
+                scope.erase(node, node.args[0])
+
+
+def _leave_alone(scope: _Scope, why: str) -> None:
+    """Say of the layers that blocks are made around why none is."""
+    for node in scope.graph.nodes:
+        module = scope.module(node)
+        center = isinstance(module, modules.GlobalAvgPool2d) or _is_depthwise(module)
+        if center and module.alone is None:
+            module.alone = why
+
+
+def _is_depthwise(module: nn.Module | None) -> bool:
+    return isinstance(module, modules.FusedConv2d) and module.kind == "depthwise"
+
+
+def _convolution(scope: _Scope, node: fx.Node | None) -> modules.FusedConv2d | None:
+    """The convolution that `node`, and no other call, calls on a positional argument."""
+    module = scope.module(node) if node is not None and node.args else None
+    alone = isinstance(module, modules.FusedConv2d) and scope.calls[id(module)] == 1
+    return module if alone else None
+
+
+def _pointwise(scope: _Scope, node: fx.Node | None) -> modules.FusedConv2d | None:
+    """The same, if it is a 1 x 1 convolution of every pixel."""
+    conv = _convolution(scope, node)
+    whole = conv is not None and conv.stride == (1, 1) and conv.padding == (0, 0, 0, 0)
+    return conv if whole and conv.kind == "pointwise" else None
+
+
+def _activation_of(module: Any) -> tuple[float | None, float | None]:
+    return module.act_min, module.act_max
+
+
+def _fuse_inverted_residual(scope: _Scope, node: fx.Node) -> None:
+    """[1 x 1 convolution,] depthwise convolution, 1 x 1 convolution [+ the input]."""
+    depthwise = scope.module(node)
+    if not isinstance(depthwise, modules.FusedConv2d) or not _is_depthwise(depthwise):
+        return
+    before, after = scope.previous(node), scope.next(node)
+    expand, project = _pointwise(scope, before), _pointwise(scope, after)
+    if _convolution(scope, node) is None:
+        depthwise.alone = "it is called in several places"
+    elif depthwise.dilation != (1, 1):
+        depthwise.alone = f"a fused block has no dilation {depthwise.dilation}"
+    elif project is None:
+        depthwise.alone = "no 1 x 1 convolution that is used only here comes right after it"
+    elif _activation_of(project) != (None, None):
+        depthwise.alone = "the 1 x 1 convolution after it has an activation"
+    elif expand is not None and _activation_of(expand) != _activation_of(depthwise):
+        depthwise.alone = "the 1 x 1 convolution before it has another activation"
+    else:
+        chain = [node, after] if expand is None else [before, node, after]
+        add = _residual_add(scope, chain)
+        scope.fuse(
+            chain if add is None else [*chain, add],
+            modules.FusedInvertedResidual.from_stock(expand, depthwise, project, add is not None),
+        )
+
+
+def _residual_add(scope: _Scope, chain: Sequence[fx.Node]) -> fx.Node | None:
+    """The call that adds the input of `chain` to its value, if nothing else uses the value."""
+    add = scope.next(chain[-1])
+    module = scope.module(add) if add is not None else None
+    if not isinstance(module, modules.Add) or scope.calls[id(module)] != 1:
+        return None
+    operands = {scope.made_by(operand) for operand in add.args}
+    source = scope.made_by(chain[0].args[0])
+    if _activation_of(module) != (None, None) or operands != {source, chain[-1]}:
+        return None
+    first, depthwise, project = (scope.module(chain[i]) for i in (0, -2, -1))
+    assert isinstance(depthwise, modules.FusedConv2d)
+    keeps_size = depthwise.stride == (1, 1)
+    if depthwise.padding is not None:
+        left, right, top, bottom = depthwise.padding
+        keeps_size &= depthwise.kernel_size == (top + bottom + 1, left + right + 1)
+    return add if keeps_size and first.in_channels == project.out_channels else None
+
+
+def _fuse_stem_block(scope: _Scope, node: fx.Node) -> None:
+    """A dense convolution and an inverted residual of stride 1 without expansion."""
+    stem, after = _convolution(scope, node), scope.next(node)
+    block = scope.peek(after)
+    if stem is None or after is None:
+        return
+    if not isinstance(block, modules.FusedInvertedResidual) or block.expand_weight is not None:
+        return
+    if stem.groups != 1 or stem.dilation != (1, 1):
+        stem.alone = "a fused stem has one group and no dilation"
+    elif block.stride != (1, 1) or block.residual:
+        stem.alone = "the block after it has a stride or a residual"
+    elif _activation_of(stem) != _activation_of(block):
+        stem.alone = "the block after it has another activation"
+    else:
+        scope.fuse([node, scope.enter(after)], modules.FusedStemBlock.from_stock(stem, block))
+
+
+def _fuse_conv_pool(scope: _Scope, node: fx.Node) -> None:
+    """A 1 x 1 convolution and the mean of its value over height and width."""
+    conv, after = _pointwise(scope, node), scope.next(node)
+    pool = scope.peek(after)
+    if conv is None or after is None or not isinstance(pool, modules.GlobalAvgPool2d):
+        return
+    if scope.calls[id(pool)] == 1:
+        scope.fuse([node, scope.enter(after)], modules.FusedConvPool.from_stock(conv, pool))
+
+
 # ------------------------------------------------------------------------------------------- api
 
 
@@ -751,8 +1026,10 @@ def patch(
 
     Args:
         model: in eval mode; float32, float16 or bfloat16; on any device.
-        level: "op" swaps layer by layer; "block" also fuses whole blocks where a kernel exists.
-        filter_fn: `filter_fn(qualified_name, module)` returns whether a module may be swapped.
+        level: "op" swaps layer by layer; "block" also fuses inverted residuals, the stem with the
+            block after it, and the last convolution with the pooling.
+        filter_fn: `filter_fn(qualified_name, module)` returns whether a module may be swapped, or,
+            for one with layers inside, whether its forward may be rewritten.
         strict: raise if a layer for whose kind a kernel exists would stay stock.
         inplace: change `model` itself instead of a copy.
 
@@ -783,7 +1060,7 @@ def patch(
         return patch(box, level=level, filter_fn=filter_fn, strict=strict)[0]
     if not inplace or strict:
         patched = unpatch(model)  # always a copy
-        _patch(patched, filter_fn or _all)
+        _patch(patched, level, filter_fn or _all)
         left = [row for row in report(patched).rows if row.kernel is None and row.supported]
         if strict and left:
             listed = "; ".join(f"{row.name}: {row.reason}" for row in left[:5])
@@ -795,26 +1072,35 @@ def patch(
         if not inplace:
             return patched
     _unpatch(model)
-    _patch(model, filter_fn or _all)
+    _patch(model, level, filter_fn or _all)
     return model
 
 
-def _patch(model: nn.Module, filter_fn: FilterFn) -> None:
+def _patch(model: nn.Module, level: str, filter_fn: FilterFn) -> None:
     reasons: dict[int, str] = {}
     traced = list(_trace_all(model, reasons))
     calls = _count_calls(model, [g for _, _, g in traced], [m for _, m, _ in traced])
+    scopes: dict[int, _Scope] = {}
+    absorbed: list[Swapped] = []
     for name, module, graph in traced:
-        scope = _Scope(module, name, graph, calls, filter_fn, reasons)
+        scope = _Scope(module, name, graph, calls, filter_fn, reasons, scopes, absorbed)
+        scopes[id(module)] = scope
         for node in list(graph.nodes):
             if not node._erased:
                 _ = any(handle(scope, node) for handle in _HANDLERS)
-        if scope.rewritten:
-            graph.lint()
-            _set_forward(module, graph)
         left = [_call_name(node) for node in graph.nodes if _calls(node, _FUNCTIONS)]
         if left:
             module.__dict__[_CALLS] = left
-    _swap_untraced(model, calls, filter_fn, reasons)
+    if level == "block":
+        for scope in reversed(scopes.values()):  # a module after those inside it
+            _fuse_blocks(scope)
+    for scope in scopes.values():
+        if scope.rewritten:
+            scope.graph.lint()
+            _set_forward(scope.root, scope.graph)
+    for layer in _swap_untraced(model, filter_fn, reasons):
+        if level == "block" and _is_depthwise(layer):
+            layer.alone = "torch.fx cannot trace the forward that calls it"
     for name, module in model.named_modules():
         if isinstance(module, Swapped):
             continue
@@ -828,8 +1114,8 @@ def _call_name(node: fx.Node) -> str:
 
 
 def _swap_untraced(
-    model: nn.Module, calls: Counter[int], filter_fn: FilterFn, reasons: dict[int, str]
-) -> None:
+    model: nn.Module, filter_fn: FilterFn, reasons: dict[int, str]
+) -> Iterator[Swapped]:
     """Swap, one by one, the layers in modules whose forward could not be traced."""
     for name, module in list(model.named_modules()):
         if id(module) in reasons or type(module) not in (nn.Conv2d, nn.Linear, nn.AvgPool2d):
@@ -847,7 +1133,9 @@ def _swap_untraced(
             nn.Linear: modules.FusedLinear,
             nn.AvgPool2d: modules.AvgPool2d,
         }[type(module)]
-        _set_submodule(model, name, swap.from_stock(module))
+        new = swap.from_stock(module)
+        _set_submodule(model, name, new)
+        yield new
 
 
 def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -922,6 +1210,7 @@ def _unpatch(model: nn.Module) -> None:
                     delattr(module, name)
                 else:
                     setattr(module, name, child.stock)
+                    _unpatch(child.stock)  # a whole module that a fused block stood for
 
 
 def report(model: nn.Module) -> Report:
@@ -946,7 +1235,10 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             continue
         if isinstance(module, Swapped):
             inside.update(id(m) for m in module.modules())
-            yield Row(name, module.kind, _detail(module), module.kernel, None)
+            if module.absorbed_by is None:
+                yield Row(name, module.kind, _detail(module), module.kernel, module.alone)
+            else:
+                yield Row(name, module.kind, f"into {module.absorbed_by}", "folded", None)
             if isinstance(module, modules.Folded) and module.rest is not None:
                 kind = type(module.rest).__name__
                 yield Row(f"{name}.rest", kind, "", None, f"no kernel for {kind}", False)
@@ -964,12 +1256,27 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 def _detail(module: nn.Module) -> str:
     if isinstance(module, modules.FusedConv2d | nn.Conv2d):
-        kernel = "x".join(str(k) for k in module.kernel_size)
-        stride = "" if set(module.stride) == {1} else f" s{module.stride[0]}"
         groups = "" if module.groups == 1 else f" g{module.groups}"
-        return f"{module.in_channels} -> {module.out_channels}, {kernel}{stride}{groups}"
+        window = _window(module.kernel_size, module.stride)
+        return f"{module.in_channels} -> {module.out_channels}, {window}{groups}"
+    if isinstance(module, modules.FusedInvertedResidual):
+        hidden = "" if module.expand_weight is None else f"{module.hidden_channels} -> "
+        window = _window(module.kernel_size, module.stride)
+        residual = ", residual" * module.residual
+        return f"{module.in_channels} -> {hidden}{module.out_channels}, {window}{residual}"
+    if isinstance(module, modules.FusedStemBlock):
+        channels = f"{module.in_channels} -> {module.hidden_channels} -> {module.out_channels}"
+        stem = _window(module.stem_kernel_size, module.stem_stride)
+        return f"{channels}, {stem}, {_window(module.kernel_size, (1, 1))}"
+    if isinstance(module, modules.FusedConvPool):
+        return f"{module.in_channels} -> {module.out_channels}"
     if isinstance(module, modules.FusedLinear | nn.Linear):
         return f"{module.in_features} -> {module.out_features}"
     if isinstance(module, modules.Folded):
         return f"into {module.into}" if module.into else "idle in eval mode"
     return ""
+
+
+def _window(kernel_size: Sequence[int], stride: Sequence[int]) -> str:
+    kernel = "x".join(str(k) for k in kernel_size)
+    return kernel if set(stride) == {1} else f"{kernel} s{stride[0]}"

@@ -90,3 +90,80 @@ def im2col(
 ) -> Tensor:
     """`F.unfold(input, kernel_size, dilation, padding, stride)`."""
     return F.unfold(input, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
+
+
+def inverted_residual(
+    input: Tensor,
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    residual: bool,
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    """`input` through `act(expand)` (if any), `act(depthwise)` and `project`, plus `input` with
+    `residual`; each step rounds, as stock layers do."""
+    x = input
+    if expand_weight is not None:
+        x = _pointwise(x, expand_weight, expand_bias, act_min, act_max)
+    groups = depthwise_weight.shape[0]
+    x = conv2d(
+        x, depthwise_weight, depthwise_bias, stride, padding, (1, 1), groups, act_min, act_max
+    )
+    x = _pointwise(x, project_weight, project_bias, None, None)
+    return torch.add(input, x) if residual else x
+
+
+def stem_block(
+    input: Tensor,
+    stem_weight: Tensor,
+    stem_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    stem_stride: Sequence[int],
+    stem_padding: Sequence[int],
+    padding: Sequence[int],
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    """`input.to(stem_weight.dtype)` through `act(stem)`, `act(depthwise)` and `project`."""
+    x = input.to(stem_weight.dtype)
+    x = conv2d(x, stem_weight, stem_bias, stem_stride, stem_padding, (1, 1), 1, act_min, act_max)
+    return inverted_residual(
+        x,
+        None,
+        None,
+        depthwise_weight,
+        depthwise_bias,
+        project_weight,
+        project_bias,
+        (1, 1),
+        padding,
+        False,
+        act_min,
+        act_max,
+    )
+
+
+def conv_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    """`F.conv2d(input, weight, bias).clamp(act_min, act_max).mean((2, 3))`."""
+    return _pointwise(input, weight, bias, act_min, act_max).mean((2, 3))
+
+
+def _pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act_min: float | None, act_max: float | None
+) -> Tensor:
+    return conv2d(x, weight, bias, (1, 1), (0, 0, 0, 0), (1, 1), 1, act_min, act_max)

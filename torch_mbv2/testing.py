@@ -47,6 +47,18 @@ BOUNDS: dict[torch.dtype, Bound] = {
 }
 """The bound of a single op, by the dtype of its output; the accumulation is in float32."""
 
+_CHAIN = (
+    "three roundings, one a layer, where those inside come out averaged by the sums after them: "
+    "each some 0.6 roundoffs of the RMS, 16 roundoffs for the worst of a million elements"
+)
+BLOCK_BOUNDS: dict[torch.dtype, Bound] = {
+    torch.float32: Bound(2**-18, 2**-24, 2**-15, f"three times {_SUM}"),
+    torch.float16: Bound(2**-9, 2**-11, 2**-7, f"roundings of 2^-11: {_CHAIN}"),
+    torch.bfloat16: Bound(2**-6, 2**-8, 2**-4, f"roundings of 2^-8: {_CHAIN}"),
+}
+"""The bound of a fused block (`inverted_residual`, `stem_block`, `conv_pool`), whose layers may
+round what they hand on to its dtype, as stock layers do."""
+
 
 def unit_roundoff(dtype: torch.dtype) -> float:
     """The largest relative error of rounding a normal number to `dtype`: half its epsilon."""

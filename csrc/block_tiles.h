@@ -1,0 +1,271 @@
+// Which kernel instance and which tile an inverted residual runs on: pure host functions with a cost
+// model, no CUDA needed.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace torch_mbv2 {
+
+constexpr int kMaxBlockTiles = 40;  // of 8 output channels; more are made by several slices
+
+// Where the weights of one chunk lie, in bytes; packing.py writes them in this order. Fragments are
+// in the order of registers: 16 bytes a lane for two n tiles of 8, and 8 for an odd last one.
+struct PackedSizes {
+  int project;      // [k step of 16][n tile] fragments
+  int depthwise;    // [unit of 8 channels]
+  int expand_bias;  // [n tile][lane] the fragment for 8 of k of which the first is the bias
+  int fixed;        // end of the above; here start the fragments of the expansion,
+                    // [k step of 16][pair of n tiles]
+  // A unit of the depthwise convolution, in bytes. Sums in float16: [q < 4] 12 pairs of channels 2q
+  // and 2q + 1: taps (0,0) (1,0) (2,0) (0,1) (1,1) (2,1) (0,2) (1,2) (2,2), bias, 2 unused.
+  // Exact sums: [channel][taps (0,0) (1,0) (0,1) (1,1)], [channel][(0,2) (1,2) (2,0) (2,1)],
+  // [channel][(2,2)], pairs of a tap and a zero, where the tap is the low half of even channels and
+  // the high half of odd ones; then [q < 4] float, biases of channels 2q, 2q + 1, 2q, 2q + 1.
+  int depthwise_unit;
+};
+constexpr PackedSizes packed_sizes(int chunk, int tiles, bool exact) {
+  PackedSizes s{};
+  s.depthwise_unit = exact ? 352 : 192;
+  s.depthwise = chunk / 16 * tiles * 256;
+  s.expand_bias = s.depthwise + chunk / 8 * s.depthwise_unit;
+  s.fixed = s.expand_bias + chunk / 8 * 128;
+  return s;
+}
+constexpr int packed_chunk_bytes(int chunk, int tiles, int k_steps, bool exact) {
+  return packed_sizes(chunk, tiles, exact).fixed + k_steps * chunk / 16 * 512;
+}
+
+// What a kernel instance is compiled for; see BlockShape of inverted_residual.cuh.
+struct BlockKernel {
+  int stride;
+  int tiles;        // of 8 output channels
+  int rows, cols;   // a warp makes 2 * rows rows of 8 * cols pixels, a lane cols neighbours
+  int chunk;        // expanded channels at a time
+  bool image;       // the source is an image
+  bool resident;    // at most 4 units of 8 source channels
+  int pixel_tiles;  // of 16 source pixels that share a read of the expansion's weights
+  int warps;        // at most, of a block
+  int min_blocks;   // that a multiprocessor must have registers for
+};
+constexpr BlockKernel kBlockKernels[] = {
+    // stride 1, few channels: early blocks
+    {1, 2, 2, 1, 48, false, true, 1, 8, 2},
+    {1, 3, 2, 1, 48, false, true, 1, 8, 2},
+    {1, 4, 2, 1, 48, false, true, 1, 8, 2},
+    {1, 8, 1, 1, 48, false, true, 1, 8, 2},
+    // stride 2, few channels
+    {2, 2, 1, 1, 48, false, true, 1, 8, 2},
+    {2, 3, 1, 1, 48, false, true, 1, 8, 2},
+    {2, 4, 1, 1, 48, false, true, 1, 8, 2},
+    {2, 8, 1, 1, 48, false, true, 1, 8, 2},
+    // many channels
+    {1, 8, 1, 2, 48, false, false, 1, 8, 2},
+    {1, 12, 1, 1, 48, false, false, 1, 16, 1},
+    {1, 20, 1, 1, 48, false, false, 2, 8, 1},
+    {1, 40, 1, 1, 48, false, false, 1, 8, 1},
+    {2, 8, 1, 1, 48, false, false, 2, 8, 2},
+    {2, 12, 1, 1, 48, false, false, 2, 8, 1},
+    {2, 20, 1, 1, 48, false, false, 2, 8, 1},
+    {2, 40, 1, 1, 48, false, false, 1, 8, 1},
+    // the stem and the first block
+    {1, 2, 2, 1, 32, true, true, 1, 8, 2},
+    {1, 4, 2, 1, 32, true, true, 1, 8, 2},
+    {1, 2, 2, 1, 48, true, true, 1, 8, 2},
+    {1, 4, 2, 1, 48, true, true, 1, 8, 2},
+};
+constexpr int kBlockKernelCount = sizeof(kBlockKernels) / sizeof(kBlockKernels[0]);
+
+// An inverted residual as the choice sees it.
+struct BlockProblem {
+  int64_t batch;
+  int e_h, e_w;  // the expanded map
+  int out_h, out_w;
+  int source_channels;  // 0: no expansion
+  int expanded, out_channels;
+  int stride;
+  bool image;
+  bool exact;  // depthwise sums in float32
+};
+
+// Units of 8 channels of a source pixel in shared memory.
+inline int source_units(const BlockKernel& kernel, int channels) {
+  const int units = (channels + 7) / 8;
+  return kernel.resident ? units : (units + 1) / 2 * 2;
+}
+inline int expand_steps(const BlockKernel& kernel, int channels) {
+  return kernel.image ? 3 : (channels + 15) / 16;
+}
+inline int output_slices(int out_channels) {
+  return (out_channels + 8 * kMaxBlockTiles - 1) / (8 * kMaxBlockTiles);
+}
+
+// The instance for a problem, an index of kBlockKernels, or -1 if there is none: channels that are
+// no multiples of 8, a stride other than 1 and 2, an image of more than 4 channels. Of those with
+// the fewest output channels to spare, the first. packing.py makes the same choice.
+inline int choose_block_kernel(const BlockProblem& p) {
+  if (p.expanded < 8 || p.expanded % 8 != 0 || p.out_channels < 8 || p.out_channels % 8 != 0 ||
+      (!p.image && p.source_channels % 8 != 0) || (p.image && p.source_channels > 4)) {
+    return -1;
+  }
+  const int slices = output_slices(p.out_channels);
+  const int tiles = (p.out_channels / 8 + slices - 1) / slices;
+  int best = -1;
+  const auto cost = [&](const BlockKernel& k) {
+    const int chunks = (p.expanded + k.chunk - 1) / k.chunk;
+    return chunks * k.chunk * (k.tiles + 8);
+  };
+  for (int i = 0; i < kBlockKernelCount; ++i) {
+    const BlockKernel& k = kBlockKernels[i];
+    if (k.stride != p.stride || k.image != p.image || k.tiles < tiles) continue;
+    if (k.resident && !k.image && p.source_channels > 32) continue;
+    if (best < 0 || cost(k) < cost(kBlockKernels[best])) best = i;
+  }
+  return best;
+}
+
+// How a problem is cut into thread blocks, and what that is expected to cost.
+struct BlockTile {
+  int warps_x, warps_y;  // of an image's tile
+  int images;            // of a thread block; more than 1 only where a tile is a whole image
+  int splits;            // thread blocks of a cluster that share the expanded channels
+  int tile_h, tile_w;
+  int tiles_y, tiles_x;
+  int chunks;
+  int row_pixels, odd;  // of a row of e; see BlockArgs
+  int source_offset, expanded_offset, table_offset, image_pitch;
+  int shared_bytes;
+  double clocks;
+};
+
+// The device, as far as the choice depends on it.
+struct BlockDevice {
+  int multiprocessors;
+  int shared_per_block;           // bytes, opt-in
+  int shared_per_multiprocessor;  // bytes
+  bool clusters;
+};
+
+namespace block_detail {
+
+inline int up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Fills in everything that follows from the first four fields; false if it does not fit.
+inline bool complete(const BlockProblem& p, const BlockKernel& k, const BlockDevice& device,
+                     BlockTile& t) {
+  t.tile_h = 2 * k.rows * t.warps_y;
+  t.tile_w = 8 * k.cols * t.warps_x;
+  t.tiles_y = (p.out_h + t.tile_h - 1) / t.tile_h;
+  t.tiles_x = (p.out_w + t.tile_w - 1) / t.tile_w;
+  t.chunks = (p.expanded + k.chunk - 1) / k.chunk;
+  if (t.images > 1 && (t.tiles_x > 1 || t.tiles_y > 1)) return false;
+  if (t.splits > t.chunks || (t.splits > 1 && !device.clusters)) return false;
+  const int eh = (t.tile_h - 1) * p.stride + 3, ew = (t.tile_w - 1) * p.stride + 3;
+  const int vh = std::min(eh, p.e_h), vw = std::min(ew, p.e_w);
+  // Odd pixels start 4 pixels off a multiple of 8, which keeps the banks of neighbours apart.
+  const bool split = k.stride * k.cols > 1;
+  t.odd = split ? up((ew + 1) / 2 + 4, 8) - 4 : 0;
+  t.row_pixels = split ? t.odd + ew / 2 : ew;
+  const int halo = t.images * eh * t.row_pixels, pixels = t.images * vh * vw;
+  const int steps = p.source_channels == 0 ? 0 : expand_steps(k, p.source_channels);
+  const int warps = t.warps_x * t.warps_y * t.images;
+  const int rows = up(pixels, 16 * k.pixel_tiles);
+  t.image_pitch = k.image ? (2 * ew + 2) * 8 : 0;
+  const int units = p.source_channels == 0 ? 0 : source_units(k, p.source_channels);
+  const int source_bytes = k.image         ? t.images * (2 * eh + 1) * t.image_pitch
+                           : units == 0 ? 0
+                                           : rows * (units | 1) * 16;
+  t.source_offset = 2 * packed_chunk_bytes(k.chunk, k.tiles, steps, p.exact);
+  t.expanded_offset = up(t.source_offset + source_bytes, 128);
+  t.table_offset = up(t.expanded_offset + (halo + 1) * (k.chunk * 2 + 16), 16);
+  t.shared_bytes = t.table_offset + rows * (k.image ? 8 : 4);
+  if (t.splits > 1) {
+    const int partial = warps * k.rows * k.cols * k.tiles * 512;
+    t.shared_bytes = std::max(t.shared_bytes, t.expanded_offset + partial);
+  }
+  if (t.shared_bytes > device.shared_per_block) return false;
+
+  // Clocks. Of one chunk of one thread block on a multiprocessor of its own rates: products on the
+  // tensor cores (1.5 clocks each at the rate of mma.sync), 128-byte wavefronts of shared memory,
+  // instructions.
+  const double e_tiles = double(rows) / 16;
+  const double d_tiles = double(warps) * k.rows * k.cols;
+  const int pairs = k.chunk / 16;
+  const double e_products = e_tiles * steps * pairs * 2;
+  const double d_products = d_tiles * pairs * (2 * 4.5 + k.tiles);
+  const double e_fronts =
+      e_tiles * (steps * 4 + (k.resident ? 0.0 : steps * pairs * 4.0 / k.pixel_tiles) + pairs * 8);
+  const int in_rows = p.stride * (2 * k.rows - 1) + 3;
+  const double d_fronts =
+      warps * pairs * (2.0 * (k.cols * 3 * in_rows + 3) + k.tiles * 2);
+  const double e_issue = e_tiles * (steps * (1 + 2 * pairs) + pairs * 16 + 12);
+  const double d_issue = d_tiles * pairs * (2 * 16 + k.tiles) +
+                         warps * pairs * (2.0 * (16 + k.cols * in_rows) + k.tiles / 2.0);
+  const double tensor = 1.5 * (e_products + d_products);
+  const double fronts = e_fronts + d_fronts;
+  const double issue = (e_issue + d_issue) / 4;
+  const double busiest = std::max({tensor, fronts, issue});
+  const double chunk_clocks = busiest + 0.35 * (tensor + fronts + issue - busiest);
+  // A chunk cannot take less than its chain of dependent steps.
+  const double e_rounds = (e_tiles / k.pixel_tiles + warps - 1) / warps;
+  const double chain = e_rounds * k.pixel_tiles * (60.0 + steps * pairs * 2 * 6.0) + 200 +
+                       pairs * (250.0 + k.rows * k.cols * (2 * 4.5 + k.tiles) * 6.0);
+  const double my_chunks = double((t.chunks + t.splits - 1) / t.splits);
+  const double start = 2500;
+  const double per_block = my_chunks * chunk_clocks + 0.15 * (e_tiles * 16 * units);
+  const double alone = my_chunks * std::max(chain, chunk_clocks) + start + (t.splits > 1 ? 2500 : 0);
+  // Blocks at a time on a multiprocessor.
+  const int by_shared = device.shared_per_multiprocessor / (t.shared_bytes + 1024);
+  const int by_registers = std::max(1, k.min_blocks * k.warps / warps);
+  const int resident = std::max(1, std::min({by_shared, by_registers, 16}));
+  const double blocks = double((p.batch + t.images - 1) / t.images) * t.tiles_x * t.tiles_y *
+                        t.splits * output_slices(p.out_channels);
+  const double per_multiprocessor = blocks / device.multiprocessors;
+  const double full = std::max(1.0, per_multiprocessor);
+  const double rounded = double(int64_t(full) + (full > double(int64_t(full)) ? 1 : 0));
+  const double together = std::min<double>(resident, rounded);
+  // Throughput of `together` blocks, or their latency.
+  const double wave = std::max(together * per_block, alone);
+  t.clocks = wave * (0.6 * std::max(1.0, full / together) + 0.4 * std::max(1.0, rounded / together));
+  return true;
+}
+
+}  // namespace block_detail
+
+// Every tile that fits, in the order tried.
+inline std::vector<BlockTile> block_candidates(const BlockProblem& p, const BlockKernel& k,
+                                               const BlockDevice& device) {
+  std::vector<BlockTile> found;
+  for (int warps_x = 1; warps_x <= k.warps; ++warps_x) {
+    if (warps_x > 1 && (warps_x - 1) * 8 * k.cols >= p.out_w) break;
+    for (int warps_y = 1; warps_x * warps_y <= k.warps; ++warps_y) {
+      if (warps_y > 1 && (warps_y - 1) * 2 * k.rows >= p.out_h) break;
+      for (int images = 1; images * warps_x * warps_y <= k.warps; images *= 2) {
+        if (images > 1 && images / 2 >= p.batch) break;
+        for (int splits = 1; splits <= 8; splits *= 2) {
+          BlockTile t{};
+          t.warps_x = warps_x;
+          t.warps_y = warps_y;
+          t.images = images;
+          t.splits = splits;
+          if (block_detail::complete(p, k, device, t)) found.push_back(t);
+        }
+      }
+    }
+  }
+  return found;
+}
+
+// The cheapest tile; false if none fits. Ties go to the first.
+inline bool choose_block_tile(const BlockProblem& p, const BlockKernel& k,
+                              const BlockDevice& device, BlockTile& best) {
+  const std::vector<BlockTile> found = block_candidates(p, k, device);
+  if (found.empty()) return false;
+  best = *std::min_element(found.begin(), found.end(), [](const BlockTile& a, const BlockTile& b) {
+    return a.clocks < b.clocks;
+  });
+  return true;
+}
+
+}  // namespace torch_mbv2

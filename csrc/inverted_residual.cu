@@ -1,0 +1,166 @@
+// inverted_residual of kernels.h: the choice of an instance and a tile, made once for each problem.
+#include <cstdlib>
+#include <cstdio>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "block_launch.h"
+
+namespace torch_mbv2 {
+namespace {
+
+BlockProblem problem_of(const InvertedResidualParams& p) {
+  return {p.batch,    p.expanded_h, p.expanded_w,   p.out_h,  p.out_w, p.expands ? p.in_channels : 0,
+          p.expanded, p.out_channels, p.stride, p.stem, p.dtype != DType::kFloat16};
+}
+
+int kernel_of(const InvertedResidualParams& p) {
+  return p.dtype == DType::kFloat32 ? -1 : choose_block_kernel(problem_of(p));
+}
+
+int steps_of(const InvertedResidualParams& p, const BlockKernel& kernel) {
+  return p.expands ? expand_steps(kernel, p.in_channels) : 0;
+}
+
+// Whether depthwise sums are float32: see inverted_residual.cuh.
+bool exact(const InvertedResidualParams& p) { return p.dtype != DType::kFloat16; }
+
+struct Choice {
+  bool fits;
+  BlockTile tile;
+};
+
+// The tile for a problem on the current device. Trying all takes longer than a launch, so it is
+// remembered.
+Choice choose(const InvertedResidualParams& p, int kernel) {
+  int device = 0;
+  cudaGetDevice(&device);
+  using Key = std::tuple<int, int, bool, int64_t, int, int, int, int, int, int, int>;
+  const Key key = {device,  kernel, exact(p), p.batch,    p.expanded_h, p.expanded_w,
+                   p.out_h, p.out_w, steps_of(p, kBlockKernels[kernel]), p.expanded,
+                   p.out_channels};
+  static std::mutex mutex;
+  static std::map<Key, Choice> choices;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = choices.find(key);
+#ifdef TORCH_MBV2_TUNING
+  if (std::getenv("TORCH_MBV2_BLOCK_TILE") == nullptr)
+#endif
+  if (found != choices.end()) return found->second;
+  BlockDevice limits{};
+  int major = 0;
+  cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&limits.shared_per_multiprocessor,
+                         cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  limits.clusters = major >= 9;
+  Choice choice{};
+  choice.fits = choose_block_tile(problem_of(p), kBlockKernels[kernel], limits, choice.tile);
+#ifdef TORCH_MBV2_TUNING
+  if (const char* forced = std::getenv("TORCH_MBV2_BLOCK_TILE")) {
+    BlockTile t{};
+    if (std::sscanf(forced, "%d,%d,%d,%d", &t.warps_x, &t.warps_y, &t.images, &t.splits) == 4) {
+      choice.fits = block_detail::complete(problem_of(p), kBlockKernels[kernel], limits, t);
+      choice.tile = t;
+    }
+    return choice;
+  }
+#endif
+  // Batches of any size come and go; what they would fill memory with is soon chosen again.
+  if (choices.size() >= 4096) choices.clear();
+  choices[key] = choice;
+  return choice;
+}
+
+}  // namespace
+
+int64_t inverted_residual_packed_bytes(const InvertedResidualParams& p) {
+  const int index = kernel_of(p);
+  if (index < 0) return -1;
+  const BlockKernel& kernel = kBlockKernels[index];
+  const int chunks = ceil_div(p.expanded, kernel.chunk);
+  return int64_t(output_slices(p.out_channels)) *
+         (int64_t(chunks) * packed_chunk_bytes(kernel.chunk, kernel.tiles, steps_of(p, kernel), exact(p)) +
+          kernel.tiles * 32);
+}
+
+bool inverted_residual_fits(const InvertedResidualParams& p) {
+  const int kernel = kernel_of(p);
+  return kernel >= 0 && (p.batch == 0 || choose(p, kernel).fits);
+}
+
+cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stream) {
+  const int index = kernel_of(p);
+  if (index < 0) return cudaErrorInvalidValue;
+  if (p.batch == 0) return cudaSuccess;
+  const BlockKernel& kernel = kBlockKernels[index];
+  const Choice choice = choose(p, index);
+  if (!choice.fits) return cudaErrorInvalidValue;
+  const BlockTile& t = choice.tile;
+
+  BlockArgs a{};
+  a.packed = p.packed;
+  a.height = p.height;
+  a.width = p.width;
+  a.e_h = p.expanded_h;
+  a.e_w = p.expanded_w;
+  a.out_h = p.out_h;
+  a.out_w = p.out_w;
+  a.in_channels = p.in_channels;
+  a.out_channels = p.out_channels;
+  a.pad_top = p.pad_top;
+  a.pad_left = p.pad_left;
+  a.k8 = p.expands && !p.stem ? source_units(kernel, p.in_channels) : 0;
+  a.chunks = t.chunks;
+  a.tile_h = t.tile_h;
+  a.tile_w = t.tile_w;
+  a.warps_x = t.warps_x;
+  a.warps_y = t.warps_y;
+  a.images = t.images;
+  a.tiles_x = Divider(t.tiles_x);
+  a.tiles_y = Divider(t.tiles_y);
+  a.units = Divider(a.k8 > 0 ? a.k8 : 1);
+  a.halo_height = Divider((t.tile_h - 1) * p.stride + 3);
+  a.halo_width = Divider((t.tile_w - 1) * p.stride + 3);
+  a.image_columns = Divider(2 * a.halo_width.divisor + 2);
+  a.row_pixels = t.row_pixels;
+  a.odd = t.odd;
+  a.splits = t.splits;
+  a.blob_bytes = packed_chunk_bytes(kernel.chunk, kernel.tiles, steps_of(p, kernel), exact(p));
+  a.slice_bytes = int64_t(t.chunks) * a.blob_bytes + kernel.tiles * 32;
+  a.source_offset = t.source_offset;
+  a.expanded_offset = t.expanded_offset;
+  a.table_offset = t.table_offset;
+  a.residual = p.residual;
+  a.act = p.act;
+  a.stride_h = p.stride_h;
+  a.stride_w = p.stride_w;
+  a.stride_c = p.stride_c;
+  a.stem_top = p.stem_top;
+  a.stem_left = p.stem_left;
+  a.image_pitch = t.image_pitch;
+  a.image_dtype = p.image_dtype;
+
+  a.image_step = p.stem ? p.stride_n : int64_t(p.height) * p.width * p.in_channels;
+  const int64_t image_out = int64_t(p.out_h) * p.out_w * p.out_channels;
+  const int64_t blocks_per_image = int64_t(t.tiles_x) * t.tiles_y * t.splits;
+  const int slices = output_slices(p.out_channels);
+  return for_each_chunk(
+      ceil_div(p.batch, int64_t(t.images)), blocks_per_image, [&](int64_t first, int64_t groups) {
+        const int64_t image = first * t.images;
+        const int size = p.stem && p.image_dtype == DType::kFloat32 ? 4 : 2;
+        a.input = static_cast<const char*>(p.input) +
+                  image * a.image_step * size;
+        a.output = static_cast<char*>(p.output) + image * image_out * 2;
+        a.batch = p.batch - image;
+        const BlockLaunch launch = {unsigned(groups * blocks_per_image), unsigned(slices),
+                                    unsigned(32 * t.warps_x * t.warps_y * t.images),
+                                    unsigned(t.splits), size_t(t.shared_bytes), stream};
+        return p.dtype == DType::kFloat16 ? launch_block_f16(index, a, launch)
+                                          : launch_block_bf16(index, a, launch);
+      });
+}
+
+}  // namespace torch_mbv2

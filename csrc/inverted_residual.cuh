@@ -1,0 +1,904 @@
+// A whole inverted residual (Sandler et al. 2018) in one kernel:
+//
+//   e[y, x, :]   = clamp(expand_weight . source[y, x, :] + expand_bias)     inside the map, else 0
+//   d[y, x, c]   = clamp(depthwise_bias[c] + sum over i, j < 3 of depthwise_weight[c, i, j]
+//                        * e[y * stride - pad_top + i, x * stride - pad_left + j, c])
+//   out[y, x, :] = project_weight . d[y, x, :] + project_bias [+ input[y, x, :]]
+//
+// The expanded map e lives in shared memory, kChunk channels at a time, and d in registers only.
+// The source is the input (1x1 expansion), or the 3x3 windows of stride 2 of an image (the stem of
+// the network), or e is the input itself (no expansion).
+//
+// Layouts: input and output NHWC, dense; the image has any strides; weights as pack of packing.py
+// lays them out (see PackedSizes).
+//
+// Ownership. A block owns `images` images' tile of tile_h x tile_w output pixels, all channels of a
+// slice of at most 320 output channels, and, of `splits` blocks of a cluster, its share of the
+// chunks. A warp owns kCols octets (8 pixels of one row) times 2 * kRows rows of the tile: pairs of
+// rows of an octet are the 16 rows of a tensor-core tile, so the projection of kRows * kCols tiles
+// accumulates in its registers over all chunks.
+//
+// Each chunk: (1) all warps share the expansion of the tile with its halo, 16 pixels at a time;
+// (2) every warp convolves its own pixels depthwise and projects them. The depthwise convolution
+// runs on the tensor cores as well, as a product with diagonal matrices: two taps of 8 channels
+// are the 16 of k. That is 1/8 of their rate, but exact sums in float32 at the price of 5
+// instructions for 16 pixels x 8 channels, where FFMA takes 36 and 64 conversions; the windows come
+// by ldmatrix, a row is read once for all its taps, and the result is, after clamping and packing,
+// the A operand of the projection.
+//
+// Shared memory, in this order: weights of two chunks; the source of the tile with its halo (for
+// the expansion and the residual); e (a pixel is kChunk * 2 + 16 bytes, an odd number of 16-byte
+// units, so that ldmatrix finds 8 neighbours in different banks; at stride 2 a row holds its even
+// pixels first, then the odd ones); where each pixel of the source goes in e. Partial sums of a
+// cluster's blocks overlay e and what follows at the end.
+//
+// Bound: tensor cores and shared-memory bandwidth at about equal parts; device memory only sees
+// input, output and the weights (from L2).
+#pragma once
+
+#include <utility>
+
+#include "block_launch.h"
+#include "mma.cuh"
+
+namespace torch_mbv2 {
+
+template <int kMatrices>
+__device__ __forceinline__ void load_matrices_n(uint32_t* r, uint32_t address) {
+  if constexpr (kMatrices == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+  } else if constexpr (kMatrices == 2) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address));
+  } else {
+    static_assert(kMatrices == 1);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(address));
+  }
+}
+
+// One column of kCount 8x8 matrices, four to an instruction; `address` is of this lane's row of the
+// first four, `step` leads from one four to the next.
+template <int kCount>
+__device__ __forceinline__ void load_column(uint32_t (&r)[kCount], uint32_t address, int step) {
+#pragma unroll
+  for (int i = 0; i + 4 <= kCount; i += 4) load_matrices_n<4>(&r[i], address + i / 4 * step);
+  constexpr int kRest = kCount % 4;
+  if constexpr (kRest == 3) {
+    load_matrices_n<2>(&r[kCount - 3], address + kCount / 4 * step);
+  } else if constexpr (kRest > 0) {
+    load_matrices_n<kRest>(&r[kCount - kRest], address + kCount / 4 * step);
+  }
+  static_assert(kRest != 3);
+}
+
+// c (16x8) += a (16x8) * b (8x8); the fragments are the lower halves of mma's.
+template <typename T>
+__device__ __forceinline__ void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  }
+}
+
+// The bias as a product: 8 of k of which the first is 1 in every pixel, times a row of biases; c = it.
+template <typename T>
+__device__ __forceinline__ void mma_bias(float (&c)[4], uint32_t one, uint32_t bias) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %4}, {%5}, "
+        "{%6, %6, %6, %6};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(one), "r"(bias), "f"(0.0f));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %4}, {%5}, "
+        "{%6, %6, %6, %6};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(one), "r"(bias), "f"(0.0f));
+  }
+}
+
+// As copy_async16 of an inner address, but through L1: for pieces that share 32-byte sectors.
+__device__ __forceinline__ void copy_async16_cached(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+
+__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address));
+  return v;
+}
+__device__ __forceinline__ uint2 load_shared8(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+__device__ __forceinline__ uint32_t load_shared4(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+__device__ __forceinline__ void store_shared4(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+__device__ __forceinline__ void load_floats4(float (&v)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(address));
+}
+__device__ __forceinline__ void store_shared16(uint32_t address, const uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+__device__ __forceinline__ void store_shared8(uint32_t address, uint32_t a, uint32_t b) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
+template <typename T>
+struct PairOf;
+template <>
+struct PairOf<__half> {
+  using type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
+
+// max(0, min(x, hi)) on packed pairs: rounding keeps order, so clamping the rounded value between the
+// rounded bounds is rounding the clamped one.
+template <typename T>
+struct PackedClamp {
+  using Pair = typename PairOf<T>::type;
+  Pair hi;
+
+  __device__ explicit PackedClamp(const Clamp& act) { hi.x = hi.y = from_float<T>(act.hi); }
+
+  __device__ __forceinline__ uint32_t operator()(float a, float b) const {
+    uint32_t word;
+    if constexpr (std::is_same_v<T, __half>) {
+      asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+    } else {
+      asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+    }
+    return upper(word);
+  }
+
+  // Of a pair that is not negative.
+  __device__ __forceinline__ uint32_t upper(uint32_t word) const {
+    Pair pair;
+    memcpy(&pair, &word, 4);
+    pair = __hmin2_nan(pair, hi);
+    memcpy(&word, &pair, 4);
+    return word;
+  }
+};
+
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(c) : "r"(a), "r"(b));
+  return c;
+}
+__device__ __forceinline__ uint32_t fma_pair_relu(uint32_t a, uint32_t b, uint32_t c) {
+  asm("fma.rn.relu.f16x2 %0, %1, %2, %0;" : "+r"(c) : "r"(a), "r"(b));
+  return c;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ float4 load_cluster(uint32_t address, int rank) {
+  uint32_t remote;
+  float4 v;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(remote));
+  return v;
+}
+#else  // never launched with splits there
+__device__ __forceinline__ void cluster_sync() {}
+__device__ __forceinline__ float4 load_cluster(uint32_t, int) { return {}; }
+#endif
+
+// What follows from a kernel's entry in kBlockKernels.
+template <int kIndex>
+struct BlockShape {
+  static constexpr BlockKernel kKernel = kBlockKernels[kIndex];
+  static constexpr int kStride = kKernel.stride, kTiles = kKernel.tiles;
+  static constexpr int kRows = kKernel.rows, kCols = kKernel.cols, kChunk = kKernel.chunk;
+  static constexpr int kPixelTiles = kKernel.pixel_tiles, kMinBlocks = kKernel.min_blocks;
+  static constexpr bool kImage = kKernel.image, kResident = kKernel.resident;
+  static constexpr int kMaxThreads = 32 * kKernel.warps;
+  static constexpr int kPitch = kChunk * 2 + 16;  // bytes of a pixel of e
+  static constexpr int kPairs = kChunk / 16;      // pairs of 8 expanded channels
+  static constexpr int kResidentSteps = kImage ? 3 : 2;  // of 16 source channels
+  static constexpr int kInRows = kStride * (2 * kRows - 1) + 3;  // of e that a warp's window has
+  static constexpr int kInCols = kStride * (kCols - 1) + 3;      // that a lane reads
+  // Whether a row of e holds its even pixels first, so that 8 lanes find 8 neighbours.
+  static constexpr bool kSplit = kStride * kCols > 1;
+  static constexpr int kOutTiles = kRows * kCols;                // of 16 pixels, of a warp
+  static_assert(kChunk % 16 == 0 && (kPitch / 16) % 2 == 1);
+  static_assert(!kImage || (kResident && kStride == 1));
+  static_assert(kPixelTiles == 1 || !kResident);
+  static_assert(kStride * kCols <= 2);
+};
+
+// Where a block's tile lies: its rank in the cluster, its images, its position among the tiles, and
+// in coordinates of e, where it starts, (top, left), and the part of it inside the map,
+// [y0, y1) x [x0, x1).
+struct BlockPlace {
+  int rank, images, tile_y, tile_x, top, left, y0, y1, x0, x1;
+  int64_t image0;
+};
+
+// Opaque to the compiler, so that a second call computes it anew instead of keeping a dozen
+// registers for it.
+__device__ __forceinline__ BlockPlace find_place(const BlockArgs& a, int stride) {
+  BlockPlace p;
+  uint32_t block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  p.rank = 0;
+  if (a.splits > 1) {
+    p.rank = block % a.splits;
+    block /= a.splits;
+  }
+  uint32_t tile_x, tile_y;
+  block = a.tiles_x.divide(block, tile_x);
+  const uint32_t group = a.tiles_y.divide(block, tile_y);
+  p.tile_y = tile_y;
+  p.tile_x = tile_x;
+  p.image0 = int64_t(group) * a.images;
+  p.images = int(a.batch - p.image0 < a.images ? a.batch - p.image0 : a.images);
+  const int eh = (a.tile_h - 1) * stride + 3, ew = (a.tile_w - 1) * stride + 3;
+  p.top = p.tile_y * a.tile_h * stride - a.pad_top;
+  p.left = p.tile_x * a.tile_w * stride - a.pad_left;
+  p.y0 = max(p.top, 0);
+  p.y1 = max(min(p.top + eh, a.e_h), p.y0);
+  p.x0 = max(p.left, 0);
+  p.x1 = max(min(p.left + ew, a.e_w), p.x0);
+  return p;
+}
+
+// Stores 4 or 2 n tiles of the expansion, clamped and packed: rows g and g + 8 go to two pixels. The
+// columns of tiles are such that a lane has 8 (of 4 tiles) or 4 (of 2) consecutive channels.
+template <typename T>
+__device__ __forceinline__ void store_expanded(const PackedClamp<T>& clamp, const float (*e)[4],
+                                               int tiles, uint32_t pixel0, uint32_t pixel1, int q) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t pixel = half == 0 ? pixel0 : pixel1;
+    const uint32_t first = clamp(e[0][2 * half], e[0][2 * half + 1]);
+    const uint32_t second = clamp(e[1][2 * half], e[1][2 * half + 1]);
+    if (tiles == 4) {
+      store_shared16(pixel + q * 16,
+                     {first, second, clamp(e[2][2 * half], e[2][2 * half + 1]),
+                      clamp(e[3][2 * half], e[3][2 * half + 1])});
+    } else {
+      store_shared8(pixel + q * 8, first, second);
+    }
+  }
+}
+
+// The expansion of the tile for one chunk, with its weights in registers. k8 is the number of units
+// of 8 source channels, or 6 for the windows of an image.
+template <typename T, typename Shape, int kUnits>
+__device__ __forceinline__ void expand_resident(const PackedClamp<T>& clamp, uint32_t fragments,
+                                                uint32_t bias, uint32_t rows, int row_step,
+                                                uint32_t table, int tiles, int warp, int warps,
+                                                int g_row, int my_row, int my_unit,
+                                                int q, uint32_t one) {
+  constexpr int kPairs = Shape::kPairs, kSteps = ceil_div(kUnits, 2);
+  uint4 b[kSteps][kPairs];
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) b[s][p] = load_shared16(fragments + (s * kPairs + p) * 512);
+  }
+  uint32_t biases[2 * kPairs];
+#pragma unroll
+  for (int j = 0; j < 2 * kPairs; ++j) biases[j] = load_shared4(bias + j * 128);
+#pragma unroll 1
+  for (int t = warp; t < tiles; t += warps) {
+    // For an image, `rows` is a table of addresses and `row_step` leads from one row of the window
+    // to the next; else pixels are `row_step` bytes apart.
+    uint32_t row;
+    if constexpr (Shape::kImage) {
+      row = load_shared4(rows + (t * 16 + my_row) * 4) + my_unit * 16;
+    } else {
+      row = rows + t * 16 * row_step;
+    }
+    uint32_t f[kSteps][4];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const uint32_t at = row + s * (Shape::kImage ? row_step : 32);
+      if (2 * s + 1 < kUnits) {
+        load_matrices(f[s], at);
+      } else {  // the last 8 of an odd number
+        load_matrices_n<2>(f[s], at);
+      }
+    }
+    const uint32_t pixel0 = load_shared4(table + (t * 16 + g_row) * 4);
+    const uint32_t pixel1 = load_shared4(table + (t * 16 + g_row + 8) * 4);
+#pragma unroll
+    for (int p0 = 0; p0 < kPairs; p0 += 2) {
+      const int count = p0 + 2 <= kPairs ? 4 : 2;
+      float e[4][4];
+#pragma unroll
+      for (int j = 0; j < count; ++j) mma_bias<T>(e[j], one, biases[2 * p0 + j]);
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+        for (int p = 0; p < count / 2; ++p) {
+          if (2 * s + 1 < kUnits) {
+            mma<T>(e[2 * p], f[s], b[s][p0 + p].x, b[s][p0 + p].y);
+            mma<T>(e[2 * p + 1], f[s], b[s][p0 + p].z, b[s][p0 + p].w);
+          } else {
+            mma_k8<T>(e[2 * p], f[s][0], f[s][1], b[s][p0 + p].x);
+            mma_k8<T>(e[2 * p + 1], f[s][0], f[s][1], b[s][p0 + p].z);
+          }
+        }
+      }
+      store_expanded<T>(clamp, e, count, pixel0 + p0 * 32, pixel1 + p0 * 32, q);
+    }
+  }
+}
+
+// Source pixels of at most this many units are copied by one thread each.
+constexpr int kFewUnits = 4;
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
+    inverted_residual_kernel(const __grid_constant__ BlockArgs a) {
+  constexpr int kStride = Shape::kStride, kTiles = Shape::kTiles, kChunk = Shape::kChunk;
+  constexpr int kRows = Shape::kRows, kCols = Shape::kCols, kPitch = Shape::kPitch;
+  constexpr int kPairs = Shape::kPairs, kOutTiles = Shape::kOutTiles;
+  // Depthwise sums in float32, on the tensor cores; float16 keeps them in float16.
+  constexpr bool kExact = !std::is_same_v<T, __half>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t shared0 = shared_address(shared);
+  const int threads = blockDim.x, thread = threadIdx.x;
+  const int warp = thread / 32, lane = thread % 32, warps = threads / 32;
+  const int g = lane / 4, q = lane % 4;
+
+  // 1. Where the tile lies.
+  const BlockPlace place = find_place(a, kStride);
+  const int rank = place.rank, images = place.images;
+  const int64_t image0 = place.image0;
+  const int eh = (a.tile_h - 1) * kStride + 3, ew = (a.tile_w - 1) * kStride + 3;
+  const int row_bytes = a.row_pixels * kPitch;
+  const int top = place.top, left = place.left;
+  const int y0 = place.y0, y1 = place.y1, x0 = place.x0, x1 = place.x1;
+  const int vw = x1 - x0, vh = y1 - y0;
+  const int pixels = images * vh * vw;
+  constexpr int kM = 16 * Shape::kPixelTiles;
+  const int m_tiles = ceil_div(pixels, kM) * Shape::kPixelTiles;
+  const int c_first = a.chunks * rank / a.splits, c_last = a.chunks * (rank + 1) / a.splits;
+
+  const uint32_t source = shared0 + a.source_offset;
+  const uint32_t expanded = shared0 + a.expanded_offset;
+  const uint32_t table = shared0 + a.table_offset;  // [pixel of the source] its address in e
+  const unsigned char* const packed =
+      static_cast<const unsigned char*>(a.packed) + blockIdx.y * a.slice_bytes;
+  const int pitch_in = (a.k8 | 1) * 16;  // bytes of a source pixel
+
+  const auto load_weights = [&](int c) {
+    const unsigned char* const from = packed + int64_t(c) * a.blob_bytes;
+    const uint32_t stage = shared0 + (c & 1) * a.blob_bytes;
+    for (int i = thread * 16; i < a.blob_bytes; i += threads * 16) {
+      copy_async16(stage + i, from + i, true);
+    }
+  };
+
+  // 2. On their way: weights of the first chunk, and the source. Where its pixels go in e; zeros
+  // where e is outside the map, which every chunk leaves alone.
+  load_weights(c_first);
+  const T* const input = static_cast<const T*>(a.input);
+  for (int p = thread; p < a.images * eh * ew; p += threads) {
+    uint32_t x, line_y;
+    const uint32_t line = a.halo_width.divide(p, x);
+    const int image = a.halo_height.divide(line, line_y);
+    const int at = Shape::kSplit ? (x & 1) * a.odd + (x >> 1) : x;
+    const uint32_t pixel = expanded + (line * a.row_pixels + at) * kPitch;
+    const int y = top + int(line_y), column = left + int(x);
+    if (image >= images || y < y0 || y >= y1 || column < x0 || column >= x1) {
+#pragma unroll
+      for (int u = 0; u < kPitch; u += 16) store_shared16(pixel + u, {0, 0, 0, 0});
+      continue;
+    }
+    const int m = (image * vh + y - y0) * vw + column - x0;
+    store_shared4(table + m * 4, pixel);
+    if constexpr (Shape::kImage) {
+      store_shared4(table + (m_tiles * 16 + m) * 4,
+                    source + (image * (2 * eh + 1) + 2 * line_y) * a.image_pitch + x * 16);
+    } else if (a.k8 <= kFewUnits) {
+      const T* const from = input + (image0 + image) * a.image_step +
+                            (y * a.width + column) * a.in_channels;
+#pragma unroll
+      for (int u = 0; u < kFewUnits; ++u) {
+        if (u < a.k8) copy_async16_cached(source + m * pitch_in + u * 16, from + u * 8);
+      }
+    }
+  }
+  for (int m = pixels + thread; m < m_tiles * 16; m += threads) {
+    store_shared4(table + m * 4, expanded + a.images * eh * row_bytes);  // a pixel nobody reads
+    if constexpr (Shape::kImage) store_shared4(table + (m_tiles * 16 + m) * 4, source);
+  }
+  if constexpr (Shape::kImage) {
+    // As 4-channel pixels: k of a row of the window is 4 pixels x 4 channels, of which the last
+    // pixel and the last channel have weight 0.
+    const int columns = 2 * ew + 2, rows = 2 * eh + 1;
+    const int row0 = 2 * top - a.stem_top, column0 = 2 * left - a.stem_left;
+    const auto load_image = [&](auto zero) {
+      using Pixel = decltype(zero);
+      for (int image = 0; image < images; ++image) {
+        const Pixel* const from =
+            static_cast<const Pixel*>(a.input) + (image0 + image) * a.image_step;
+        const uint32_t image_to = source + image * rows * a.image_pitch;
+#pragma unroll 4
+        for (int i = thread; i < rows * columns; i += threads) {
+          uint32_t c;
+          const int r = a.image_columns.divide(i, c);
+          const int y = row0 + r, x = column0 + int(c);
+          const bool inside = unsigned(y) < unsigned(a.height) && unsigned(x) < unsigned(a.width);
+          const Pixel* const at = from + (y * a.stride_h + x * a.stride_w);
+          T pixel[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const bool real = inside && k < a.in_channels;
+            pixel[k] = from_float<T>(real ? to_float(at[k * a.stride_c]) : 0.0f);
+          }
+          uint32_t words[2];
+          memcpy(words, pixel, 8);
+          store_shared8(image_to + r * a.image_pitch + c * 8, words[0], words[1]);
+        }
+      }
+    };
+    if (a.image_dtype == DType::kFloat32) {
+      load_image(float{});
+    } else if (a.image_dtype == DType::kFloat16) {
+      load_image(__half{});
+    } else {
+      load_image(__nv_bfloat16{});
+    }
+  } else if (a.k8 > kFewUnits) {
+    for (int i = thread; i < a.images * eh * ew * a.k8; i += threads) {
+      uint32_t unit, x, line_y;
+      const uint32_t p = a.units.divide(i, unit);
+      const uint32_t line = a.halo_width.divide(p, x);
+      const int image = a.halo_height.divide(line, line_y);
+      const int y = top + int(line_y), column = left + int(x);
+      if (image >= images || y < y0 || y >= y1 || column < x0 || column >= x1) continue;
+      const int m = (image * vh + y - y0) * vw + column - x0;
+      const bool real = unit * 8 < a.in_channels;
+      copy_async16(source + m * pitch_in + unit * 16,
+                   input + (image0 + image) * a.image_step +
+                       (y * a.width + column) * a.in_channels + (real ? unit * 8 : 0),
+                   real);
+    }
+  }
+  copy_async_commit();
+
+  // 3. What this lane addresses. Rows of a tile of 16 pixels are ordered so that the two rows that one
+  // phase of a 16-byte store meets are 4 pixels apart: in different banks.
+  const PackedClamp<T> clamp(a.act);
+  const auto order = [](int i) {
+    return Shape::kSplit ? (i & 1) + 2 * (i & 2) + (i & 4) / 2 : 4 * (i & 1) + (i & 2) + (i & 4) / 4;
+  };
+  const int my_row = order(lane % 8) + (lane & 8);
+  const int my_unit = lane / 16;
+  const int g_row = order(g);
+  const int warp_image = warp / (a.warps_x * a.warps_y);
+  const int warp_tile = warp % (a.warps_x * a.warps_y);
+  const int warp_y = warp_tile / a.warps_x;
+  const int row_out = warp_y * 2 * kRows, column_out = (warp_tile - warp_y * a.warps_x) * 8 * kCols;
+  const uint32_t window = expanded + (warp_image * eh + row_out * kStride + lane / 8) * row_bytes +
+                          (column_out / kCols + lane % 8) * kPitch;
+  const int four_rows = 4 * row_bytes;
+  const int odd_bytes = Shape::kSplit ? a.odd * kPitch : 0;
+  // Where column k of a lane's window lies.
+  const auto column_at = [&](int k) {
+    return Shape::kSplit ? (k & 1) * odd_bytes + (k >> 1) * kPitch : k * kPitch;
+  };
+  const uint32_t one = q == 0 ? (std::is_same_v<T, __half> ? 0x3C00 : 0x3F80) : 0;
+  // The diagonal matrices: lane (g, q) holds row 2q (low half) and 2q + 1 (high half) of column g, so
+  // the lanes with q == g / 2 hold the taps of channel g, in the half that they are packed in.
+  const bool on_diagonal = q == g / 2;
+
+  // Sums start from the bias of the projection.
+  constexpr PackedSizes kSizes = packed_sizes(kChunk, kTiles, kExact);
+  float acc[kOutTiles][kTiles][4];
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const float* const at =
+        reinterpret_cast<const float*>(packed + a.slice_bytes - kTiles * 32) + j * 8 + q * 2;
+    const float2 bias = rank == 0 ? __ldg(reinterpret_cast<const float2*>(at)) : float2{};
+#pragma unroll
+    for (int t = 0; t < kOutTiles; ++t) {
+      acc[t][j][0] = acc[t][j][2] = bias.x;
+      acc[t][j][1] = acc[t][j][3] = bias.y;
+    }
+  }
+
+  for (int c = c_first; c < c_last; ++c) {
+    copy_async_wait<0>();
+    __syncthreads();  // weights and source are there; nobody reads e or the other weights any more
+    const uint32_t weights = shared0 + (c & 1) * a.blob_bytes;
+    if (c + 1 < c_last) load_weights(c + 1);
+    copy_async_commit();
+    const uint32_t expand_fragments = weights + kSizes.fixed + lane * 16;
+    const uint32_t expand_bias = weights + kSizes.expand_bias + lane * 4;
+
+    // 4. Expand.
+    if (!Shape::kImage && a.k8 == 0) {
+      const BlockPlace here = find_place(a, kStride);
+      const int width = here.x1 - here.x0, height = here.y1 - here.y0;
+      for (int line = warp; line < here.images * height; line += warps) {
+        const int image = line / height;
+        const T* const from =
+            static_cast<const T*>(a.input) +
+            ((here.image0 + image) * a.height + here.y0 + line - image * height) *
+                int64_t(a.width) * a.in_channels +
+            here.x0 * a.in_channels + c * kChunk;
+        constexpr int kUnits = kChunk / 8;
+        for (int i = lane; i < width * kUnits; i += 32) {
+          const int x = i / kUnits, unit = i % kUnits;
+          const bool real = c * kChunk + unit * 8 < a.in_channels;
+          copy_async16(load_shared4(table + (line * width + x) * 4) + unit * 16,
+                       from + x * a.in_channels + (real ? unit * 8 : 0), real);
+        }
+      }
+      copy_async_commit();
+      copy_async_wait<0>();
+    } else if constexpr (Shape::kImage) {
+      expand_resident<T, Shape, 6>(clamp, expand_fragments, expand_bias, table + m_tiles * 64,
+                                   a.image_pitch, table, m_tiles, warp, warps, g_row, my_row,
+                                   my_unit, q, one);
+    } else if constexpr (Shape::kResident) {
+      const auto expand = [&](auto units) {
+        constexpr int kUnits = decltype(units)::value;
+        // The last unit of an odd number is loaded by half of the lanes.
+        const uint32_t rows = source + my_row * pitch_in + my_unit * 16;
+        expand_resident<T, Shape, kUnits>(clamp, expand_fragments, expand_bias, rows, pitch_in,
+                                          table, m_tiles, warp, warps, g_row, my_row,
+                                   my_unit, q, one);
+      };
+      if (a.k8 == 1) {
+        expand(std::integral_constant<int, 1>{});
+      } else if (a.k8 == 2) {
+        expand(std::integral_constant<int, 2>{});
+      } else if (a.k8 == 3) {
+        expand(std::integral_constant<int, 3>{});
+      } else {
+        expand(std::integral_constant<int, 4>{});
+      }
+    } else {
+      constexpr int kAtOnce = Shape::kPixelTiles;
+      for (int t = warp * kAtOnce; t < m_tiles; t += warps * kAtOnce) {
+        float e[kAtOnce][2 * kPairs][4];
+#pragma unroll
+        for (int j = 0; j < 2 * kPairs; ++j) {
+          const uint32_t bias = load_shared4(expand_bias + j * 128);
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) mma_bias<T>(e[i][j], one, bias);
+        }
+        const uint32_t row = source + (t * 16 + my_row) * pitch_in + my_unit * 16;
+#pragma unroll 2
+        for (int s = 0; s < a.k8 / 2; ++s) {
+          uint32_t f[kAtOnce][4];
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) load_matrices(f[i], row + i * 16 * pitch_in + s * 32);
+#pragma unroll
+          for (int p = 0; p < kPairs; ++p) {
+            const uint4 b = load_shared16(expand_fragments + (s * kPairs + p) * 512);
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+              mma<T>(e[i][2 * p], f[i], b.x, b.y);
+              mma<T>(e[i][2 * p + 1], f[i], b.z, b.w);
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const uint32_t entry = table + ((t + i) * 16 + g_row) * 4;
+          const uint32_t pixel0 = load_shared4(entry), pixel1 = load_shared4(entry + 32);
+#pragma unroll
+          for (int p0 = 0; p0 < kPairs; p0 += 2) {
+            store_expanded<T>(clamp, &e[i][2 * p0], p0 + 2 <= kPairs ? 4 : 2, pixel0 + p0 * 32,
+                              pixel1 + p0 * 32, q);
+          }
+        }
+      }
+    }
+    __syncthreads();
+
+    // 5. Depthwise and projection, 16 expanded channels at a time.
+    const uint32_t project_fragments = weights + kSizes.project + lane * 16;
+#pragma unroll 1
+    for (int s = 0; s < kPairs; ++s) {
+      uint32_t d[kOutTiles][4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int unit = 2 * s + h;
+        const uint32_t taps_at = weights + kSizes.depthwise + unit * kSizes.depthwise_unit;
+        if constexpr (kExact) {
+          // Taps (0,0) (1,0) (0,1) (1,1) | (0,2) (1,2) (2,0) (2,1) | (2,2).
+          uint4 taps[2] = {};
+          uint32_t last_tap = 0;
+          if (on_diagonal) {
+            taps[0] = load_shared16(taps_at + g * 16);
+            taps[1] = load_shared16(taps_at + 128 + g * 16);
+            last_tap = load_shared4(taps_at + 256 + g * 4);
+          }
+          uint32_t m[Shape::kInCols][Shape::kInRows];
+#pragma unroll
+          for (int k = 0; k < Shape::kInCols; ++k) {
+            load_column(m[k], window + unit * 16 + column_at(k), four_rows);
+          }
+#pragma unroll
+          for (int x = 0; x < kCols; ++x) {
+            const auto& l = m[x];
+            const auto& c = m[x + 1];
+            const auto& r = m[x + 2];
+#pragma unroll
+            for (int y = 0; y < kRows; ++y) {
+              const int r0 = kStride * 2 * y, r1 = kStride * (2 * y + 1);
+              float v[4];
+              load_floats4(v, taps_at + 288 + q * 16);
+              mma<T>(v, {l[r0], l[r1], l[r0 + 1], l[r1 + 1]}, taps[0].x, taps[0].y);
+              mma<T>(v, {c[r0], c[r1], c[r0 + 1], c[r1 + 1]}, taps[0].z, taps[0].w);
+              mma<T>(v, {r[r0], r[r1], r[r0 + 1], r[r1 + 1]}, taps[1].x, taps[1].y);
+              mma<T>(v, {l[r0 + 2], l[r1 + 2], c[r0 + 2], c[r1 + 2]}, taps[1].z, taps[1].w);
+              mma_k8<T>(v, r[r0 + 2], r[r1 + 2], last_tap);
+              d[x * kRows + y][2 * h] = clamp(v[0], v[1]);
+              d[x * kRows + y][2 * h + 1] = clamp(v[2], v[3]);
+            }
+          }
+        } else {
+          // A register of a matrix holds channels 2q and 2q + 1 of a pixel, so does one of the taps:
+          // taps (0,0) (1,0) (2,0) (0,1) | (1,1) (2,1) (0,2) (1,2) | (2,2), bias.
+          const uint4 w0 = load_shared16(taps_at + q * 48);
+          const uint4 w1 = load_shared16(taps_at + q * 48 + 16);
+          const uint2 w2 = load_shared8(taps_at + q * 48 + 32);
+          const uint32_t taps[9] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w, w2.x};
+          uint32_t v[kCols][2 * kRows];
+#pragma unroll
+          for (int x = 0; x < kCols; ++x) {
+#pragma unroll
+            for (int r = 0; r < 2 * kRows; ++r) v[x][r] = w2.y;
+          }
+#pragma unroll
+          for (int k = 0; k < Shape::kInCols; ++k) {
+            uint32_t m[Shape::kInRows];
+            load_column(m, window + unit * 16 + column_at(k), four_rows);
+#pragma unroll
+            for (int x = 0; x < kCols; ++x) {
+              const int j = k - kStride * x;  // column of the window
+              if (j < 0 || j > 2) continue;
+#pragma unroll
+              for (int i = 0; i < 3; ++i) {
+#pragma unroll
+                for (int r = 0; r < 2 * kRows; ++r) {
+                  const bool last = i == 2 && j == 2;
+                  v[x][r] = last ? fma_pair_relu(m[kStride * r + i], taps[3 * j + i], v[x][r])
+                                 : fma_pair(m[kStride * r + i], taps[3 * j + i], v[x][r]);
+                }
+              }
+            }
+          }
+#pragma unroll
+          for (int x = 0; x < kCols; ++x) {
+#pragma unroll
+            for (int r = 0; r < 2 * kRows; ++r) {
+              d[x * kRows + r / 2][2 * h + r % 2] = clamp.upper(v[x][r]);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j + 2 <= kTiles; j += 2) {
+        const uint4 b = load_shared16(project_fragments + s * kTiles * 256 + j * 256);
+#pragma unroll
+        for (int t = 0; t < kOutTiles; ++t) {
+          mma<T>(acc[t][j], d[t], b.x, b.y);
+          mma<T>(acc[t][j + 1], d[t], b.z, b.w);
+        }
+      }
+      if constexpr (kTiles % 2 == 1) {
+        const uint2 b = load_shared8(project_fragments - lane * 8 + s * kTiles * 256 +
+                                     (kTiles - 1) * 256);
+#pragma unroll
+        for (int t = 0; t < kOutTiles; ++t) mma<T>(acc[t][kTiles - 1], d[t], b.x, b.y);
+      }
+    }
+  }
+
+  // 6. Output. Groups of 4, 2 and 1 tiles: a lane has 8, 4 or 2 consecutive channels of each.
+  constexpr int kGroups = ceil_div(kTiles, 4);
+  const BlockPlace here = find_place(a, kStride);
+  const int channel0 = blockIdx.y * kTiles * 8;
+  const int64_t image = here.image0 + warp_image;
+  const int oy0 = here.tile_y * a.tile_h + row_out;
+  const int ox0 = here.tile_x * a.tile_w + column_out + g * kCols;
+  T* const output = static_cast<T*>(a.output) + image * a.out_h * int64_t(a.out_w) * a.out_channels;
+
+  const auto write = [&](int x, int y, int half, int j, auto size, const auto& value) {
+    constexpr int kGroup = decltype(size)::value;  // tiles
+    const int oy = oy0 + 2 * y + half, ox = ox0 + x;
+    const int channel = j * 8 + q * 2 * kGroup;
+    if (warp_image >= here.images || oy >= a.out_h || ox >= a.out_w ||
+        channel0 + channel >= a.out_channels) {
+      return;
+    }
+    float v[2 * kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      v[2 * i] = value(i, 0);
+      v[2 * i + 1] = value(i, 1);
+    }
+    const int at = (oy * a.out_w + ox) * a.out_channels + channel0 + channel;
+    if (a.residual) {
+      float r[2 * kGroup];
+      if (a.k8 > 0) {
+        const int width = here.x1 - here.x0;
+        const int m = (warp_image * (here.y1 - here.y0) + oy - here.y0) * width + ox - here.x0;
+        load_floats<T, 2 * kGroup>(
+            reinterpret_cast<const T*>(shared + a.source_offset + m * pitch_in) + channel0 + channel,
+            r);
+      } else {
+        load_floats<T, 2 * kGroup>(static_cast<const T*>(a.input) +
+                                       image * a.height * int64_t(a.width) * a.in_channels + at,
+                                   r);
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kGroup; ++i) v[i] += r[i];
+    }
+    store_floats<T, 2 * kGroup>(output + at, v);
+  };
+  const auto write_groups = [&](int x, int y, int half, auto&& wanted, auto&& value) {
+#pragma unroll
+    for (int j = 0; j < kTiles / 4 * 4; j += 4) {
+      if (wanted(j / 4)) {
+        write(x, y, half, j, std::integral_constant<int, 4>{},
+              [&](int i, int k) { return value(j + i, k); });
+      }
+    }
+    if constexpr (kTiles % 4 >= 2) {
+      constexpr int kPairStart = kTiles / 4 * 4;
+      if (wanted(kPairStart / 4)) {
+        write(x, y, half, kPairStart, std::integral_constant<int, 2>{},
+              [&](int i, int k) { return value(kPairStart + i, k); });
+      }
+    }
+    if constexpr (kTiles % 2 == 1) {
+      if (wanted((kTiles - 1) / 4)) {
+        write(x, y, half, kTiles - 1, std::integral_constant<int, 1>{},
+              [&](int, int k) { return value(kTiles - 1, k); });
+      }
+    }
+  };
+
+  if (a.splits == 1) {
+#pragma unroll
+    for (int x = 0; x < kCols; ++x) {
+#pragma unroll
+      for (int y = 0; y < kRows; ++y) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          write_groups(
+              x, y, half, [](int) { return true; },
+              [&](int j, int k) { return acc[x * kRows + y][j][2 * half + k]; });
+        }
+      }
+    }
+    return;
+  }
+
+  // 7. The sums of the cluster's blocks, added in the order of their ranks: block r makes every
+  // splits-th group of tiles.
+  __syncthreads();
+  float4* const mine = reinterpret_cast<float4*>(shared + a.expanded_offset);
+#pragma unroll
+  for (int t = 0; t < kOutTiles; ++t) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      mine[((warp * kOutTiles + t) * kTiles + j) * 32 + lane] =
+          make_float4(acc[t][j][0], acc[t][j][1], acc[t][j][2], acc[t][j][3]);
+    }
+  }
+  cluster_sync();
+#pragma unroll
+  for (int t = 0; t < kOutTiles; ++t) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      if ((t * kGroups + j / 4) % a.splits != here.rank) continue;
+      float4 sum = {};
+      for (int r = 0; r < a.splits; ++r) {
+        const float4 v = load_cluster(
+            expanded + (((warp * kOutTiles + t) * kTiles + j) * 32 + lane) * 16, r);
+        sum.x += v.x;
+        sum.y += v.y;
+        sum.z += v.z;
+        sum.w += v.w;
+      }
+      acc[t][j][0] = sum.x;
+      acc[t][j][1] = sum.y;
+      acc[t][j][2] = sum.z;
+      acc[t][j][3] = sum.w;
+    }
+  }
+#pragma unroll
+  for (int x = 0; x < kCols; ++x) {
+#pragma unroll
+    for (int y = 0; y < kRows; ++y) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int t = x * kRows + y;
+        write_groups(
+            x, y, half, [&](int j4) { return (t * kGroups + j4) % a.splits == here.rank; },
+            [&](int j, int k) { return acc[t][j][2 * half + k]; });
+      }
+    }
+  }
+  cluster_sync();  // nobody leaves while its sums are read
+}
+
+template <typename T, int kIndex>
+cudaError_t launch_instance(const BlockArgs& a, const BlockLaunch& launch) {
+  const auto kernel = inverted_residual_kernel<T, BlockShape<kIndex>>;
+  // Once a device and instance; a race only sets it twice.
+  static uint64_t prepared = 0;
+  int device = 0;
+  cudaGetDevice(&device);
+  if (device >= 64 || !(prepared >> device & 1)) {
+    int most = 0;
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error != cudaSuccess) return error;
+    if (device < 64) prepared |= uint64_t{1} << device;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(launch.blocks, launch.slices);
+  config.blockDim = dim3(launch.threads);
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = launch.stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = launch.splits;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = launch.splits > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, a);
+}
+
+template <typename T, int... kIndices>
+cudaError_t launch_any(int index, const BlockArgs& a, const BlockLaunch& launch,
+                       std::integer_sequence<int, kIndices...>) {
+  using Launcher = cudaError_t (*)(const BlockArgs&, const BlockLaunch&);
+  static constexpr Launcher kLaunchers[] = {launch_instance<T, kIndices>...};
+  return kLaunchers[index](a, launch);
+}
+
+template <typename T>
+cudaError_t launch_block(int kernel, const BlockArgs& a, const BlockLaunch& launch) {
+  return launch_any<T>(kernel, a, launch, std::make_integer_sequence<int, kBlockKernelCount>{});
+}
+
+}  // namespace torch_mbv2

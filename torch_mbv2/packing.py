@@ -1,0 +1,242 @@
+"""Weights in the order in which the fused block kernels read them: pure functions on tensors.
+
+The kernels (csrc/inverted_residual.cuh) take the expanded channels a chunk at a time. A chunk's
+weights are one piece of memory, laid out as `PackedSizes` of csrc/block_tiles.h says: matrices as
+fragments of the tensor-core instruction mma.m16n8k16 in the order of its registers, so that a lane
+loads 16 bytes at once, and taps of the depthwise convolution as the entries of diagonal matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16)
+# What instances exist (kBlockKernels): sizes in tiles of 8 output channels, and expanded channels
+# at a time.
+_TILES = (2, 3, 4, 8, 12, 20, 40)
+_WIDE_TILES = (8, 12, 20, 40)  # for more than 32 input channels
+_CHUNKS = (48,)
+_STEM_TILES = (2, 4)
+_STEM_CHUNKS = (32, 48)
+# The window's taps, (row, column), in the order of the instructions: of float16, and of bfloat16,
+# whose depthwise sums are float32.
+_TAPS = tuple((i, j) for j in range(3) for i in range(3))
+_EXACT_TAPS = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 0), (2, 1), (2, 2))
+
+
+def pack_inverted_residual(
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+) -> Tensor | None:
+    """What `ops.inverted_residual` takes as `packed`.
+
+    Args:
+        expand_weight: (E, Cin, 1, 1), or None where there is no expansion; float16 or bfloat16.
+        expand_bias: (E,) or None.
+        depthwise_weight: (E, 1, 3, 3).
+        depthwise_bias: (E,) or None.
+        project_weight: (Cout, E, 1, 1).
+        project_bias: (Cout,) or None.
+
+    Returns:
+        A 1-D tensor of the weights' dtype and device; None where no fused kernel exists: another
+        dtype or window, or channels that are no multiples of 8.
+    """
+    channels = 8 if expand_weight is None else expand_weight.shape[1]
+    if channels % 8 != 0 or not _serves(depthwise_weight, project_weight):
+        return None
+    matrix = None if expand_weight is None else expand_weight.flatten(1)
+    tiles = _TILES if expand_weight is None or channels <= 32 else _WIDE_TILES
+    return _pack(
+        matrix,
+        expand_bias,
+        depthwise_weight,
+        depthwise_bias,
+        project_weight,
+        project_bias,
+        tiles,
+        _CHUNKS,
+    )
+
+
+def pack_stem_block(
+    stem_weight: Tensor,
+    stem_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+) -> Tensor | None:
+    """What `ops.stem_block` takes as `packed`.
+
+    Args:
+        stem_weight: (S, Cin, 3, 3), Cin at most 4; float16 or bfloat16.
+        stem_bias: (S,) or None.
+        depthwise_weight: (S, 1, 3, 3).
+        depthwise_bias: (S,) or None.
+        project_weight: (Cout, S, 1, 1).
+        project_bias: (Cout,) or None.
+
+    Returns:
+        A 1-D tensor of the weights' dtype and device; None where no fused kernel exists: another
+        dtype or window, more channels, or channels that are no multiples of 8.
+    """
+    stem, channels, *window = stem_weight.shape
+    if channels > 4 or window != [3, 3] or not _serves(depthwise_weight, project_weight):
+        return None
+    # A row of the window is 4 pixels x 4 channels, of which the last ones have weight 0.
+    matrix = stem_weight.new_zeros(stem, 3, 4, 4)
+    matrix[:, :, :3, :channels] = stem_weight.permute(0, 2, 3, 1)
+    return _pack(
+        matrix.flatten(1),
+        stem_bias,
+        depthwise_weight,
+        depthwise_bias,
+        project_weight,
+        project_bias,
+        _STEM_TILES,
+        _STEM_CHUNKS,
+    )
+
+
+def _serves(depthwise_weight: Tensor, project_weight: Tensor) -> bool:
+    out_channels, expanded = project_weight.shape[:2]
+    return (
+        project_weight.dtype in DTYPES
+        and tuple(depthwise_weight.shape[2:]) == (3, 3)
+        and min(out_channels, expanded) >= 8
+        and out_channels % 8 == expanded % 8 == 0
+    )
+
+
+def _pack(
+    expand: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise: Tensor,
+    depthwise_bias: Tensor | None,
+    project: Tensor,
+    project_bias: Tensor | None,
+    tile_sizes: Sequence[int],
+    chunk_sizes: Sequence[int],
+) -> Tensor | None:
+    out_channels, expanded = project.shape[:2]
+    needed = out_channels // 8
+    slices = math.ceil(needed / tile_sizes[-1])
+    fitting = [size for size in tile_sizes if size * slices >= needed]
+    if not fitting:
+        return None
+    # As choose_block_kernel of block_tiles.h.
+    tiles = fitting[0]
+    chunk = min(chunk_sizes, key=lambda size: math.ceil(expanded / size) * size)
+    chunks = math.ceil(expanded / chunk)
+    dtype = project.dtype
+
+    def padded(x: Tensor | None, *sizes: int) -> Tensor:
+        """`x`, zero where it ends before `sizes`; None is all zeros."""
+        out = project.new_zeros(sizes)
+        if x is not None:
+            out[tuple(slice(size) for size in x.shape)] = x
+        return out
+
+    outputs = slices * tiles * 8
+    project = padded(project.flatten(1), outputs, chunks * chunk)
+    # (slice, output channel, chunk, expanded channel), output channels in the order of columns
+    project = project.view(slices, tiles * 8, chunks, chunk)[:, _columns(tiles)]
+    project_parts = _fragments(project.permute(0, 2, 1, 3))  # (slice, chunk, bytes)
+
+    columns = _columns(chunk // 8)
+    taps = padded(depthwise[:, 0], chunks * chunk, 3, 3)
+    parts = [
+        _depthwise(taps, padded(depthwise_bias, chunks * chunk), chunks),
+        _bias_row(padded(expand_bias, chunks * chunk).view(chunks, chunk)[:, columns]),
+    ]
+    if expand is not None:
+        depth = math.ceil(expand.shape[1] / 16) * 16
+        matrix = padded(expand, chunks * chunk, depth).view(chunks, chunk, depth)
+        parts.append(_words(_fragments(matrix[:, columns])))
+    common = torch.cat(parts, 1)
+    blobs = torch.cat([_words(project_parts), common.expand(slices, *common.shape)], 2)
+    bias = padded(project_bias, outputs).view(slices, tiles * 8)[:, _columns(tiles)].float()
+    return torch.cat([blobs.flatten(1), _words(bias)], 1).flatten().view(dtype)
+
+
+def _depthwise(taps: Tensor, bias: Tensor, chunks: int) -> Tensor:
+    """The depthwise part of each chunk, (chunks, 16-bit words). taps: (E, 3, 3); bias: (E,)."""
+    if taps.dtype == torch.float16:
+        # [unit][q][tap or bias][channel 2q, 2q + 1]
+        rows = [*(taps[:, i, j] for i, j in _TAPS), bias, *[torch.zeros_like(bias)] * 2]
+        pairs = torch.stack(rows, 1).view(chunks, -1, 2, len(rows))
+        return _words(pairs.transpose(2, 3).flatten(1))
+    # Entries of diagonal matrices: [unit][channel][tap][half of the register]
+    entries = torch.stack([taps[:, i, j] for i, j in _EXACT_TAPS], 1).view(chunks, -1, 8, 9)
+    words = entries.new_zeros(*entries.shape, 2)
+    words[:, :, 0::2, :, 0] = entries[:, :, 0::2]
+    words[:, :, 1::2, :, 1] = entries[:, :, 1::2]
+    units = [
+        _words(words[:, :, :, part].flatten(2)) for part in (slice(4), slice(4, 8), slice(8, 9))
+    ]
+    biases = _repeated(bias.view(chunks, -1)).view(chunks, -1, 32)
+    return torch.cat([*units, biases], 2).flatten(1)
+
+
+def _bias_row(bias: Tensor) -> Tensor:
+    """Biases of columns, (chunks, columns), as right operands of mma.m16n8k8 whose first row they
+    are: (chunks, 16-bit words), [n tile][lane][2]."""
+    rows = bias.new_zeros(*bias.shape, 4, 2)  # lane = 4 * column + q holds rows 2q and 2q + 1
+    rows[:, :, 0, 0] = bias
+    return _words(rows.flatten(1))
+
+
+def _repeated(bias: Tensor) -> Tensor:
+    """Biases of channels, (chunks, channels), as accumulators start: float32, and for each pair of
+    columns twice, for rows g and g + 8. Returns (chunks, 16-bit words)."""
+    pairs = bias.float().view(len(bias), -1, 1, 2)
+    return _words(pairs.expand(-1, -1, 2, -1).flatten(1))
+
+
+def _words(x: Tensor) -> Tensor:
+    """The same memory in units of 16 bits."""
+    return x.contiguous().view(torch.int16)
+
+
+def _columns(tiles: int) -> list[int]:
+    """The channel of each column of `tiles` n tiles of 8: such that a lane, whose columns are 2q and
+    2q + 1 of every tile, has 8 consecutive channels in 4 tiles, or 4 in 2."""
+    order = []
+    first = 0
+    while first < tiles:
+        group = next(size for size in (4, 2, 1) if size <= tiles - first)
+        order += [
+            8 * first + 2 * group * (column // 2) + 2 * tile + column % 2
+            for tile in range(group)
+            for column in range(8)
+        ]
+        first += group
+    return order
+
+
+def _fragments(matrix: Tensor) -> Tensor:
+    """Right operands of mma.m16n8k16 in the order of its registers.
+
+    matrix: (..., N, K), N a multiple of 8 and K of 16. Returns (..., N * K): for each 16 of K, for
+    each pair of n tiles, for each lane, 4 registers; an odd last tile has 2.
+    """
+    *batch, n, k = matrix.shape
+    # lane = 4 * row + q holds, of n = row, k = 2q, 2q + 1, 2q + 8, 2q + 9
+    x = matrix.reshape(-1, n // 8, 8, k // 16, 2, 4, 2)
+    pairs = n // 16
+    parts = []
+    if pairs:
+        even = x[:, : 2 * pairs].reshape(-1, pairs, 2, 8, k // 16, 2, 4, 2)
+        parts.append(even.permute(0, 4, 1, 3, 6, 2, 5, 7).flatten(2))
+    if n // 8 % 2:
+        parts.append(x[:, -1].permute(0, 2, 1, 4, 3, 5).flatten(2))
+    return torch.cat(parts, 2).reshape(*batch, n * k)
