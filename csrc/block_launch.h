@@ -18,14 +18,15 @@ struct BlockArgs {
   int pad_top, pad_left;  // of the depthwise convolution
   int k8;                 // 16-byte units of a source pixel in shared memory; 0: no expansion
   int chunks;
-  int tile_h, tile_w, warps_x, warps_y, images;
-  Divider tiles_x, tiles_y, units, halo_width, halo_height, image_columns;
+  int tile_h, tile_w, images;
+  Divider warps_x, warps_y, tiles_x, tiles_y, units, halo_width, halo_height, image_pairs;
   int row_pixels;  // of a row of e, with what separates its even and odd pixels
   int odd;         // where its odd pixels start, if they are apart
   int splits;
+  int stages;      // chunks whose weights are in shared memory: 2, or 1
   int blob_bytes;  // of a chunk's weights
   int64_t slice_bytes;
-  int source_offset, expanded_offset, table_offset;  // in shared memory
+  int weights_offset, expanded_offset, table_offset;  // in shared memory
   bool residual;
   Clamp act;
   int64_t image_step;  // elements from one image of the input to the next

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -18,10 +19,10 @@ struct PackedSizes {
   int expand_bias;  // [n tile][lane] the fragment for 8 of k of which the first is the bias
   int fixed;        // end of the above; here start the fragments of the expansion,
                     // [k step of 16][pair of n tiles]
-  // A unit of the depthwise convolution, in bytes. Sums in float16: [q < 4] 12 pairs of channels 2q
-  // and 2q + 1: taps (0,0) (1,0) (2,0) (0,1) (1,1) (2,1) (0,2) (1,2) (2,2), bias, 2 unused.
-  // Exact sums: [channel][taps (0,0) (1,0) (0,1) (1,1)], [channel][(0,2) (1,2) (2,0) (2,1)],
-  // [channel][(2,2)], pairs of a tap and a zero, where the tap is the low half of even channels and
+  // A unit of the depthwise convolution, in bytes; taps are in the order (0,0) (1,0) (2,0) (0,1)
+  // (1,1) (2,1) (0,2) (1,2) (2,2) of (row, column). Sums in float16: [q < 4] 12 pairs of channels
+  // 2q and 2q + 1: the taps, the bias, 2 unused. Exact sums: [channel][4 taps], [channel][4 taps],
+  // [channel][tap] as pairs of a tap and a zero, where the tap is the low half of even channels and
   // the high half of odd ones; then [q < 4] float, biases of channels 2q, 2q + 1, 2q, 2q + 1.
   int depthwise_unit;
 };
@@ -55,14 +56,20 @@ constexpr BlockKernel kBlockKernels[] = {
     {1, 3, 2, 1, 48, false, true, 1, 8, 2},
     {1, 4, 2, 1, 48, false, true, 1, 8, 2},
     {1, 8, 1, 1, 48, false, true, 1, 8, 2},
+    {1, 3, 4, 1, 48, false, true, 1, 8, 2},
     // stride 2, few channels
     {2, 2, 1, 1, 48, false, true, 1, 8, 2},
     {2, 3, 1, 1, 48, false, true, 1, 8, 2},
     {2, 4, 1, 1, 48, false, true, 1, 8, 2},
     {2, 8, 1, 1, 48, false, true, 1, 8, 2},
+    {2, 3, 1, 1, 32, false, true, 1, 8, 2},
+    {2, 3, 2, 1, 32, false, true, 1, 8, 2},
+    {1, 3, 2, 1, 32, false, true, 1, 8, 2},
+    {2, 4, 2, 1, 48, false, true, 1, 8, 2},
     // many channels
     {1, 8, 1, 2, 48, false, false, 1, 8, 2},
     {1, 12, 1, 1, 48, false, false, 1, 16, 1},
+    {1, 12, 1, 2, 48, false, false, 2, 8, 1},
     {1, 20, 1, 1, 48, false, false, 2, 8, 1},
     {1, 40, 1, 1, 48, false, false, 1, 8, 1},
     {2, 8, 1, 1, 48, false, false, 2, 8, 2},
@@ -74,7 +81,13 @@ constexpr BlockKernel kBlockKernels[] = {
     {1, 4, 2, 1, 32, true, true, 1, 8, 2},
     {1, 2, 2, 1, 48, true, true, 1, 8, 2},
     {1, 4, 2, 1, 48, true, true, 1, 8, 2},
+    {1, 2, 2, 2, 32, true, true, 1, 8, 2},
 };
+// Exact depthwise sums take more registers, in some instances too many for min_blocks.
+constexpr int min_blocks_of(const BlockKernel& k, bool exact) {
+  const bool crowded = k.rows == 4 || (k.image && k.chunk == 48 && k.tiles == 4);
+  return exact && crowded ? 1 : k.min_blocks;
+}
 constexpr int kBlockKernelCount = sizeof(kBlockKernels) / sizeof(kBlockKernels[0]);
 
 // An inverted residual as the choice sees it.
@@ -94,47 +107,56 @@ inline int source_units(const BlockKernel& kernel, int channels) {
   const int units = (channels + 7) / 8;
   return kernel.resident ? units : (units + 1) / 2 * 2;
 }
-inline int expand_steps(const BlockKernel& kernel, int channels) {
-  return kernel.image ? 3 : (channels + 15) / 16;
-}
+inline int expand_steps(bool image, int channels) { return image ? 3 : (channels + 15) / 16; }
 inline int output_slices(int out_channels) {
   return (out_channels + 8 * kMaxBlockTiles - 1) / (8 * kMaxBlockTiles);
 }
 
-// The instance for a problem, an index of kBlockKernels, or -1 if there is none: channels that are
-// no multiples of 8, a stride other than 1 and 2, an image of more than 4 channels. Of those with
-// the fewest output channels to spare, the first. packing.py makes the same choice.
-inline int choose_block_kernel(const BlockProblem& p) {
-  if (p.expanded < 8 || p.expanded % 8 != 0 || p.out_channels < 8 || p.out_channels % 8 != 0 ||
-      (!p.image && p.source_channels % 8 != 0) || (p.image && p.source_channels > 4)) {
-    return -1;
-  }
+// What packed weights depend on.
+struct BlockLayout {
+  int tiles, chunk;
+};
+
+// Whether an instance serves a problem, however its weights are laid out.
+inline bool serves(const BlockKernel& k, const BlockProblem& p) {
   const int slices = output_slices(p.out_channels);
   const int tiles = (p.out_channels / 8 + slices - 1) / slices;
-  int best = -1;
-  const auto cost = [&](const BlockKernel& k) {
-    const int chunks = (p.expanded + k.chunk - 1) / k.chunk;
-    return chunks * k.chunk * (k.tiles + 8);
-  };
-  for (int i = 0; i < kBlockKernelCount; ++i) {
-    const BlockKernel& k = kBlockKernels[i];
-    if (k.stride != p.stride || k.image != p.image || k.tiles < tiles) continue;
-    if (k.resident && !k.image && p.source_channels > 32) continue;
-    if (best < 0 || cost(k) < cost(kBlockKernels[best])) best = i;
+  return k.stride == p.stride && k.image == p.image && k.tiles >= tiles &&
+         (k.image || !k.resident || p.source_channels <= 32);
+}
+
+// The layout with the fewest products to spare; false if there is no instance: channels that are no
+// multiples of 8, a stride other than 1 and 2, an image of more than 4 channels. packing.py makes
+// the same choice.
+inline bool choose_block_layout(const BlockProblem& p, BlockLayout& best) {
+  if (p.expanded < 8 || p.expanded % 8 != 0 || p.out_channels < 8 || p.out_channels % 8 != 0 ||
+      (p.image ? p.source_channels > 4 : p.source_channels % 8 != 0)) {
+    return false;
   }
-  return best;
+  int least = 0;
+  for (const BlockKernel& k : kBlockKernels) {
+    if (!serves(k, p)) continue;
+    const int cost = (p.expanded + k.chunk - 1) / k.chunk * k.chunk * (k.tiles + 8);
+    if (least == 0 || cost < least || (cost == least && k.chunk < best.chunk)) {
+      least = cost;
+      best = {k.tiles, k.chunk};
+    }
+  }
+  return least > 0;
 }
 
 // How a problem is cut into thread blocks, and what that is expected to cost.
 struct BlockTile {
+  int kernel;            // index of kBlockKernels
   int warps_x, warps_y;  // of an image's tile
   int images;            // of a thread block; more than 1 only where a tile is a whole image
   int splits;            // thread blocks of a cluster that share the expanded channels
   int tile_h, tile_w;
   int tiles_y, tiles_x;
   int chunks;
+  int stages;            // of weights in shared memory: 2, or 1 where there is no room for more
   int row_pixels, odd;  // of a row of e; see BlockArgs
-  int source_offset, expanded_offset, table_offset, image_pitch;
+  int weights_offset, expanded_offset, table_offset, image_pitch;
   int shared_bytes;
   double clocks;
 };
@@ -151,9 +173,9 @@ namespace block_detail {
 
 inline int up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Fills in everything that follows from the first four fields; false if it does not fit.
-inline bool complete(const BlockProblem& p, const BlockKernel& k, const BlockDevice& device,
-                     BlockTile& t) {
+// Fills in everything that follows from the first five fields; false if it does not fit.
+inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile& t) {
+  const BlockKernel& k = kBlockKernels[t.kernel];
   t.tile_h = 2 * k.rows * t.warps_y;
   t.tile_w = 8 * k.cols * t.warps_x;
   t.tiles_y = (p.out_h + t.tile_h - 1) / t.tile_h;
@@ -168,7 +190,7 @@ inline bool complete(const BlockProblem& p, const BlockKernel& k, const BlockDev
   t.odd = split ? up((ew + 1) / 2 + 4, 8) - 4 : 0;
   t.row_pixels = split ? t.odd + ew / 2 : ew;
   const int halo = t.images * eh * t.row_pixels, pixels = t.images * vh * vw;
-  const int steps = p.source_channels == 0 ? 0 : expand_steps(k, p.source_channels);
+  const int steps = p.source_channels == 0 ? 0 : expand_steps(k.image, p.source_channels);
   const int warps = t.warps_x * t.warps_y * t.images;
   const int rows = up(pixels, 16 * k.pixel_tiles);
   t.image_pitch = k.image ? (2 * ew + 2) * 8 : 0;
@@ -176,80 +198,91 @@ inline bool complete(const BlockProblem& p, const BlockKernel& k, const BlockDev
   const int source_bytes = k.image         ? t.images * (2 * eh + 1) * t.image_pitch
                            : units == 0 ? 0
                                            : rows * (units | 1) * 16;
-  t.source_offset = 2 * packed_chunk_bytes(k.chunk, k.tiles, steps, p.exact);
-  t.expanded_offset = up(t.source_offset + source_bytes, 128);
-  t.table_offset = up(t.expanded_offset + (halo + 1) * (k.chunk * 2 + 16), 16);
-  t.shared_bytes = t.table_offset + rows * (k.image ? 8 : 4);
-  if (t.splits > 1) {
-    const int partial = warps * k.rows * k.cols * k.tiles * 512;
-    t.shared_bytes = std::max(t.shared_bytes, t.expanded_offset + partial);
+  const int blob = packed_chunk_bytes(k.chunk, k.tiles, steps, p.exact);
+  t.weights_offset = up(source_bytes, 128);
+  for (t.stages = 2; t.stages > 0; --t.stages) {
+    t.expanded_offset = up(t.weights_offset + t.stages * blob, 128);
+    t.table_offset = up(t.expanded_offset + (halo + 1) * (k.chunk * 2 + 16), 16);
+    t.shared_bytes = t.table_offset + rows * (k.image ? 8 : 4);
+    if (t.splits > 1) {
+      const int partial = warps * k.rows * k.cols * k.tiles * 512;
+      t.shared_bytes = std::max(t.shared_bytes, t.weights_offset + partial);
+    }
+    if (t.shared_bytes <= device.shared_per_block) break;
   }
-  if (t.shared_bytes > device.shared_per_block) return false;
+  if (t.stages == 0) return false;
 
-  // Clocks. Of one chunk of one thread block on a multiprocessor of its own rates: products on the
-  // tensor cores (1.5 clocks each at the rate of mma.sync), 128-byte wavefronts of shared memory,
-  // instructions.
-  const double e_tiles = double(rows) / 16;
-  const double d_tiles = double(warps) * k.rows * k.cols;
-  const int pairs = k.chunk / 16;
-  const double e_products = e_tiles * steps * pairs * 2;
-  const double d_products = d_tiles * pairs * (2 * 4.5 + k.tiles);
-  const double e_fronts =
-      e_tiles * (steps * 4 + (k.resident ? 0.0 : steps * pairs * 4.0 / k.pixel_tiles) + pairs * 8);
-  const int in_rows = p.stride * (2 * k.rows - 1) + 3;
-  const double d_fronts =
-      warps * pairs * (2.0 * (k.cols * 3 * in_rows + 3) + k.tiles * 2);
-  const double e_issue = e_tiles * (steps * (1 + 2 * pairs) + pairs * 16 + 12);
-  const double d_issue = d_tiles * pairs * (2 * 16 + k.tiles) +
-                         warps * pairs * (2.0 * (16 + k.cols * in_rows) + k.tiles / 2.0);
-  const double tensor = 1.5 * (e_products + d_products);
-  const double fronts = e_fronts + d_fronts;
-  const double issue = (e_issue + d_issue) / 4;
-  const double busiest = std::max({tensor, fronts, issue});
-  const double chunk_clocks = busiest + 0.35 * (tensor + fronts + issue - busiest);
-  // A chunk cannot take less than its chain of dependent steps.
-  const double e_rounds = (e_tiles / k.pixel_tiles + warps - 1) / warps;
-  const double chain = e_rounds * k.pixel_tiles * (60.0 + steps * pairs * 2 * 6.0) + 200 +
-                       pairs * (250.0 + k.rows * k.cols * (2 * 4.5 + k.tiles) * 6.0);
-  const double my_chunks = double((t.chunks + t.splits - 1) / t.splits);
-  const double start = 2500;
-  const double per_block = my_chunks * chunk_clocks + 0.15 * (e_tiles * 16 * units);
-  const double alone = my_chunks * std::max(chain, chunk_clocks) + start + (t.splits > 1 ? 2500 : 0);
-  // Blocks at a time on a multiprocessor.
+  // Clocks. A chunk of one block: 128-byte wavefronts of shared memory and instructions, which
+  // overlap in part. The constants were fitted to times of every tile on the blocks of MobileNetV2
+  // at batch 1, 8, 32 and 256 on an H100.
+  const int pairs = k.chunk / 16, out_tiles = k.rows * k.cols;
+  const int in_rows = p.stride * (2 * k.rows - 1) + 3, in_cols = p.stride * (k.cols - 1) + 3;
+  const double e_tiles = rows / 16.0;
+  const double streamed = k.resident ? 0.0 : double(steps * pairs) / k.pixel_tiles;
+  const double again = k.resident ? 0.0 : 2.0 * pairs;
+  const double fronts =
+      e_tiles * (steps * 4 + 4 * streamed + again + pairs * 5 + 2) +
+      double(warps) * pairs * (2 * (in_cols * in_rows + 10) + 2 * k.tiles);
+  const double instructions =
+      e_tiles * (steps * (1 + 2 * pairs) + streamed + again + pairs * 12 + 10) +
+      double(warps) * pairs * (2 * (4 + in_cols * ((in_rows + 3) / 4) + out_tiles * 20) +
+                               k.tiles * (0.5 + out_tiles) + 8);
+  const double memory = 0.48 * fronts, issue = 0.51 * instructions;
+  const double chunk = std::max(memory, issue) + 0.62 * std::min(memory, issue);
+  // A chunk cannot take less than its busiest warp's chain of dependent steps.
+  const int busiest = (rows / 16 / k.pixel_tiles + warps - 1) / warps * k.pixel_tiles;
+  const double chain =
+      43.0 * busiest * steps * pairs +
+      0.5 * pairs * (2 * (in_cols * in_rows + 10) + out_tiles * (40 + 6 * k.tiles));
+  const int my_chunks = (t.chunks + t.splits - 1) / t.splits;
+  const double edges = 1.6 * t.images * eh * ew + 0.76 * blob / 16 * my_chunks +
+                       (t.splits > 1 ? 29.0 * warps * out_tiles * k.tiles : 0.0);
+  const double throughput = my_chunks * chunk + edges;
+  const double waits = t.stages == 1 ? 1500.0 : 0.0;  // for weights
+  const double latency = my_chunks * (std::max(chain, chunk) + waits) + edges + 4900 +
+                         (t.splits > 1 ? 3000 : 0);
+  // Blocks at a time on a multiprocessor: 64 K registers in four parts, shared memory.
+  const int registers = (65536 / (min_blocks_of(k, p.exact) * k.warps * 32)) / 8 * 8;
+  const int by_registers = 16384 / (registers * 32) * 4 / warps;
   const int by_shared = device.shared_per_multiprocessor / (t.shared_bytes + 1024);
-  const int by_registers = std::max(1, k.min_blocks * k.warps / warps);
   const int resident = std::max(1, std::min({by_shared, by_registers, 16}));
+  // Clusters of 4 and more do not fill every group of multiprocessors.
+  const int multiprocessors =
+      t.splits >= 4 ? std::max(1, device.multiprocessors * 10 / 11) : device.multiprocessors;
   const double blocks = double((p.batch + t.images - 1) / t.images) * t.tiles_x * t.tiles_y *
                         t.splits * output_slices(p.out_channels);
-  const double per_multiprocessor = blocks / device.multiprocessors;
-  const double full = std::max(1.0, per_multiprocessor);
-  const double rounded = double(int64_t(full) + (full > double(int64_t(full)) ? 1 : 0));
-  const double together = std::min<double>(resident, rounded);
-  // Throughput of `together` blocks, or their latency.
-  const double wave = std::max(together * per_block, alone);
-  t.clocks = wave * (0.6 * std::max(1.0, full / together) + 0.4 * std::max(1.0, rounded / together));
+  const double rounds = std::max(1.0, std::ceil(blocks / multiprocessors));
+  const double together = std::min<double>(resident, rounds);
+  t.clocks = std::cbrt(std::pow(together * throughput, 3) + std::pow(latency, 3)) * rounds /
+             together;
   return true;
 }
 
 }  // namespace block_detail
 
-// Every tile that fits, in the order tried.
-inline std::vector<BlockTile> block_candidates(const BlockProblem& p, const BlockKernel& k,
-                                               const BlockDevice& device) {
+// Every tile that fits, of every instance for the layout that is packed, in the order tried.
+inline std::vector<BlockTile> block_candidates(const BlockProblem& p, const BlockDevice& device) {
   std::vector<BlockTile> found;
-  for (int warps_x = 1; warps_x <= k.warps; ++warps_x) {
-    if (warps_x > 1 && (warps_x - 1) * 8 * k.cols >= p.out_w) break;
-    for (int warps_y = 1; warps_x * warps_y <= k.warps; ++warps_y) {
-      if (warps_y > 1 && (warps_y - 1) * 2 * k.rows >= p.out_h) break;
-      for (int images = 1; images * warps_x * warps_y <= k.warps; images *= 2) {
-        if (images > 1 && images / 2 >= p.batch) break;
-        for (int splits = 1; splits <= 8; splits *= 2) {
-          BlockTile t{};
-          t.warps_x = warps_x;
-          t.warps_y = warps_y;
-          t.images = images;
-          t.splits = splits;
-          if (block_detail::complete(p, k, device, t)) found.push_back(t);
+  BlockLayout layout{};
+  if (!choose_block_layout(p, layout)) return found;
+  for (int kernel = 0; kernel < kBlockKernelCount; ++kernel) {
+    const BlockKernel& k = kBlockKernels[kernel];
+    if (!serves(k, p) || k.tiles != layout.tiles || k.chunk != layout.chunk) continue;
+    for (int warps_x = 1; warps_x <= k.warps; ++warps_x) {
+      if (warps_x > 1 && (warps_x - 1) * 8 * k.cols >= p.out_w) break;
+      for (int warps_y = 1; warps_x * warps_y <= k.warps; ++warps_y) {
+        if (warps_y > 1 && (warps_y - 1) * 2 * k.rows >= p.out_h) break;
+        for (int images = 1; images * warps_x * warps_y <= k.warps; images *= 2) {
+          if (images > 1 && images / 2 >= p.batch) break;
+          for (int splits = 1; splits <= 8; splits *= 2) {
+            BlockTile t{};
+            t.kernel = kernel;
+            t.warps_x = warps_x;
+            t.warps_y = warps_y;
+            t.images = images;
+            t.splits = splits;
+            if (block_detail::complete(p, device, t)) found.push_back(t);
+          }
         }
       }
     }
@@ -258,9 +291,8 @@ inline std::vector<BlockTile> block_candidates(const BlockProblem& p, const Bloc
 }
 
 // The cheapest tile; false if none fits. Ties go to the first.
-inline bool choose_block_tile(const BlockProblem& p, const BlockKernel& k,
-                              const BlockDevice& device, BlockTile& best) {
-  const std::vector<BlockTile> found = block_candidates(p, k, device);
+inline bool choose_block_tile(const BlockProblem& p, const BlockDevice& device, BlockTile& best) {
+  const std::vector<BlockTile> found = block_candidates(p, device);
   if (found.empty()) return false;
   best = *std::min_element(found.begin(), found.end(), [](const BlockTile& a, const BlockTile& b) {
     return a.clocks < b.clocks;

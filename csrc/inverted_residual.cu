@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <type_traits>
 
 #include "block_launch.h"
 
@@ -15,16 +16,15 @@ BlockProblem problem_of(const InvertedResidualParams& p) {
           p.expanded, p.out_channels, p.stride, p.stem, p.dtype != DType::kFloat16};
 }
 
-int kernel_of(const InvertedResidualParams& p) {
-  return p.dtype == DType::kFloat32 ? -1 : choose_block_kernel(problem_of(p));
+bool layout_of(const InvertedResidualParams& p, BlockLayout& layout) {
+  return p.dtype != DType::kFloat32 && choose_block_layout(problem_of(p), layout);
 }
 
-int steps_of(const InvertedResidualParams& p, const BlockKernel& kernel) {
-  return p.expands ? expand_steps(kernel, p.in_channels) : 0;
+// Bytes of a chunk's weights.
+int chunk_bytes(const InvertedResidualParams& p, const BlockLayout& layout) {
+  const int steps = p.expands ? expand_steps(p.stem, p.in_channels) : 0;
+  return packed_chunk_bytes(layout.chunk, layout.tiles, steps, p.dtype != DType::kFloat16);
 }
-
-// Whether depthwise sums are float32: see inverted_residual.cuh.
-bool exact(const InvertedResidualParams& p) { return p.dtype != DType::kFloat16; }
 
 struct Choice {
   bool fits;
@@ -33,15 +33,16 @@ struct Choice {
 
 // The tile for a problem on the current device. Trying all takes longer than a launch, so it is
 // remembered.
-Choice choose(const InvertedResidualParams& p, int kernel) {
+Choice choose(const InvertedResidualParams& p) {
   int device = 0;
   cudaGetDevice(&device);
-  using Key = std::tuple<int, int, bool, int64_t, int, int, int, int, int, int, int>;
-  const Key key = {device,  kernel, exact(p), p.batch,    p.expanded_h, p.expanded_w,
-                   p.out_h, p.out_w, steps_of(p, kBlockKernels[kernel]), p.expanded,
-                   p.out_channels};
+  const BlockProblem problem = problem_of(p);
+  const auto key = std::make_tuple(device, problem.batch, problem.e_h, problem.e_w, problem.out_h,
+                                   problem.out_w, problem.source_channels, problem.expanded,
+                                   problem.out_channels, problem.stride, problem.image,
+                                   problem.exact);
   static std::mutex mutex;
-  static std::map<Key, Choice> choices;
+  static std::map<std::remove_const_t<decltype(key)>, Choice> choices;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = choices.find(key);
 #ifdef TORCH_MBV2_TUNING
@@ -57,12 +58,13 @@ Choice choose(const InvertedResidualParams& p, int kernel) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   limits.clusters = major >= 9;
   Choice choice{};
-  choice.fits = choose_block_tile(problem_of(p), kBlockKernels[kernel], limits, choice.tile);
+  choice.fits = choose_block_tile(problem, limits, choice.tile);
 #ifdef TORCH_MBV2_TUNING
   if (const char* forced = std::getenv("TORCH_MBV2_BLOCK_TILE")) {
     BlockTile t{};
-    if (std::sscanf(forced, "%d,%d,%d,%d", &t.warps_x, &t.warps_y, &t.images, &t.splits) == 4) {
-      choice.fits = block_detail::complete(problem_of(p), kBlockKernels[kernel], limits, t);
+    if (std::sscanf(forced, "%d,%d,%d,%d,%d", &t.kernel, &t.warps_x, &t.warps_y, &t.images,
+                    &t.splits) == 5) {
+      choice.fits = block_detail::complete(problem, limits, t);
       choice.tile = t;
     }
     return choice;
@@ -77,26 +79,23 @@ Choice choose(const InvertedResidualParams& p, int kernel) {
 }  // namespace
 
 int64_t inverted_residual_packed_bytes(const InvertedResidualParams& p) {
-  const int index = kernel_of(p);
-  if (index < 0) return -1;
-  const BlockKernel& kernel = kBlockKernels[index];
-  const int chunks = ceil_div(p.expanded, kernel.chunk);
+  BlockLayout layout;
+  if (!layout_of(p, layout)) return -1;
+  const int chunks = ceil_div(p.expanded, layout.chunk);
   return int64_t(output_slices(p.out_channels)) *
-         (int64_t(chunks) * packed_chunk_bytes(kernel.chunk, kernel.tiles, steps_of(p, kernel), exact(p)) +
-          kernel.tiles * 32);
+         (int64_t(chunks) * chunk_bytes(p, layout) + layout.tiles * 32);
 }
 
 bool inverted_residual_fits(const InvertedResidualParams& p) {
-  const int kernel = kernel_of(p);
-  return kernel >= 0 && (p.batch == 0 || choose(p, kernel).fits);
+  BlockLayout layout;
+  return layout_of(p, layout) && (p.batch == 0 || choose(p).fits);
 }
 
 cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stream) {
-  const int index = kernel_of(p);
-  if (index < 0) return cudaErrorInvalidValue;
+  BlockLayout layout;
+  if (!layout_of(p, layout)) return cudaErrorInvalidValue;
   if (p.batch == 0) return cudaSuccess;
-  const BlockKernel& kernel = kBlockKernels[index];
-  const Choice choice = choose(p, index);
+  const Choice choice = choose(p);
   if (!choice.fits) return cudaErrorInvalidValue;
   const BlockTile& t = choice.tile;
 
@@ -112,25 +111,26 @@ cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stre
   a.out_channels = p.out_channels;
   a.pad_top = p.pad_top;
   a.pad_left = p.pad_left;
-  a.k8 = p.expands && !p.stem ? source_units(kernel, p.in_channels) : 0;
+  a.k8 = p.expands && !p.stem ? source_units(kBlockKernels[t.kernel], p.in_channels) : 0;
   a.chunks = t.chunks;
   a.tile_h = t.tile_h;
   a.tile_w = t.tile_w;
-  a.warps_x = t.warps_x;
-  a.warps_y = t.warps_y;
+  a.warps_x = Divider(t.warps_x);
+  a.warps_y = Divider(t.warps_y);
   a.images = t.images;
   a.tiles_x = Divider(t.tiles_x);
   a.tiles_y = Divider(t.tiles_y);
   a.units = Divider(a.k8 > 0 ? a.k8 : 1);
   a.halo_height = Divider((t.tile_h - 1) * p.stride + 3);
   a.halo_width = Divider((t.tile_w - 1) * p.stride + 3);
-  a.image_columns = Divider(2 * a.halo_width.divisor + 2);
+  a.image_pairs = Divider(a.halo_width.divisor + 1);
   a.row_pixels = t.row_pixels;
   a.odd = t.odd;
   a.splits = t.splits;
-  a.blob_bytes = packed_chunk_bytes(kernel.chunk, kernel.tiles, steps_of(p, kernel), exact(p));
-  a.slice_bytes = int64_t(t.chunks) * a.blob_bytes + kernel.tiles * 32;
-  a.source_offset = t.source_offset;
+  a.stages = t.stages;
+  a.blob_bytes = chunk_bytes(p, layout);
+  a.slice_bytes = int64_t(t.chunks) * a.blob_bytes + layout.tiles * 32;
+  a.weights_offset = t.weights_offset;
   a.expanded_offset = t.expanded_offset;
   a.table_offset = t.table_offset;
   a.residual = p.residual;
@@ -158,8 +158,8 @@ cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stre
         const BlockLaunch launch = {unsigned(groups * blocks_per_image), unsigned(slices),
                                     unsigned(32 * t.warps_x * t.warps_y * t.images),
                                     unsigned(t.splits), size_t(t.shared_bytes), stream};
-        return p.dtype == DType::kFloat16 ? launch_block_f16(index, a, launch)
-                                          : launch_block_bf16(index, a, launch);
+        return p.dtype == DType::kFloat16 ? launch_block_f16(t.kernel, a, launch)
+                                          : launch_block_bf16(t.kernel, a, launch);
       });
 }
 

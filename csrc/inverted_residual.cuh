@@ -26,11 +26,11 @@
 // by ldmatrix, a row is read once for all its taps, and the result is, after clamping and packing,
 // the A operand of the projection.
 //
-// Shared memory, in this order: weights of two chunks; the source of the tile with its halo (for
-// the expansion and the residual); e (a pixel is kChunk * 2 + 16 bytes, an odd number of 16-byte
-// units, so that ldmatrix finds 8 neighbours in different banks; at stride 2 a row holds its even
-// pixels first, then the odd ones); where each pixel of the source goes in e. Partial sums of a
-// cluster's blocks overlay e and what follows at the end.
+// Shared memory, in this order: the source of the tile with its halo (for the expansion and the
+// residual); weights of two chunks, or of one where there is no room; e (a pixel is kChunk * 2 + 16 bytes, an odd number of 16-byte
+// units, so that ldmatrix finds 8 neighbours in different banks; where a lane makes pixels of every
+// second column, a row holds its even pixels first, then the odd ones); where each pixel of the
+// source goes in e. At the end the partial sums of a cluster's blocks overlay all but the source.
 //
 // Bound: tensor cores and shared-memory bandwidth at about equal parts; device memory only sees
 // input, output and the weights (from L2).
@@ -94,19 +94,20 @@ __device__ __forceinline__ void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, 
 
 // The bias as a product: 8 of k of which the first is 1 in every pixel, times a row of biases; c = it.
 template <typename T>
-__device__ __forceinline__ void mma_bias(float (&c)[4], uint32_t one, uint32_t bias) {
+__device__ __forceinline__ void mma_bias(float (&c)[4], const uint32_t (&one)[2],
+                                         uint32_t bias) {
   if constexpr (std::is_same_v<T, __half>) {
     asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %4}, {%5}, "
-        "{%6, %6, %6, %6};"
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%7, %7, %7, %7};"
         : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-        : "r"(one), "r"(bias), "f"(0.0f));
+        : "r"(one[0]), "r"(one[1]), "r"(bias), "f"(0.0f));
   } else {
     asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %4}, {%5}, "
-        "{%6, %6, %6, %6};"
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%7, %7, %7, %7};"
         : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-        : "r"(one), "r"(bias), "f"(0.0f));
+        : "r"(one[0]), "r"(one[1]), "r"(bias), "f"(0.0f));
   }
 }
 
@@ -147,6 +148,36 @@ __device__ __forceinline__ void store_shared16(uint32_t address, const uint32_t 
 }
 __device__ __forceinline__ void store_shared8(uint32_t address, uint32_t a, uint32_t b) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
+// An address of which the compiler does not know where it comes from, so that it adds offsets to it
+// instead of computing it anew for each access.
+__device__ __forceinline__ uint64_t opaque_address(const void* p) {
+  uint64_t address;
+  asm volatile("mov.u64 %0, %1;" : "=l"(address) : "l"(p));
+  return address;
+}
+
+// Element `offset` of an array in device memory that nobody writes, or 0.
+template <typename T>
+__device__ __forceinline__ T load_element(uint64_t base, int offset, bool valid) {
+  T value;
+  if constexpr (sizeof(T) == 4) {
+    uint32_t bits;
+    asm("{\n.reg .pred p;\n.reg .u64 at;\nsetp.ne.u32 p, %3, 0;\nmad.wide.s32 at, %2, 4, %1;\n"
+        "mov.u32 %0, 0;\n@p ld.global.nc.u32 %0, [at];\n}"
+        : "=r"(bits)
+        : "l"(base), "r"(offset), "r"(int(valid)));
+    memcpy(&value, &bits, 4);
+  } else {
+    uint16_t bits;
+    asm("{\n.reg .pred p;\n.reg .u64 at;\nsetp.ne.u32 p, %3, 0;\nmad.wide.s32 at, %2, 2, %1;\n"
+        "mov.u16 %0, 0;\n@p ld.global.nc.u16 %0, [at];\n}"
+        : "=h"(bits)
+        : "l"(base), "r"(offset), "r"(int(valid)));
+    memcpy(&value, &bits, 2);
+  }
+  return value;
 }
 
 template <typename T>
@@ -218,14 +249,23 @@ __device__ __forceinline__ float4 load_cluster(uint32_t, int) { return {}; }
 #endif
 
 // What follows from a kernel's entry in kBlockKernels.
-template <int kIndex>
+template <int kIndex, bool kExact_>
 struct BlockShape {
+  // Depthwise sums in float32, on the tensor cores; else in float16.
+  static constexpr bool kExact = kExact_;
   static constexpr BlockKernel kKernel = kBlockKernels[kIndex];
   static constexpr int kStride = kKernel.stride, kTiles = kKernel.tiles;
   static constexpr int kRows = kKernel.rows, kCols = kKernel.cols, kChunk = kKernel.chunk;
-  static constexpr int kPixelTiles = kKernel.pixel_tiles, kMinBlocks = kKernel.min_blocks;
+  static constexpr int kPixelTiles = kKernel.pixel_tiles;
   static constexpr bool kImage = kKernel.image, kResident = kKernel.resident;
   static constexpr int kMaxThreads = 32 * kKernel.warps;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+  // The compiler needs more registers there.
+  static constexpr bool kCrowded = kExact && kKernel.tiles == 8 && kKernel.cols == 2;
+#else
+  static constexpr bool kCrowded = false;
+#endif
+  static constexpr int kMinBlocks = kCrowded ? 1 : min_blocks_of(kKernel, kExact);
   static constexpr int kPitch = kChunk * 2 + 16;  // bytes of a pixel of e
   static constexpr int kPairs = kChunk / 16;      // pairs of 8 expanded channels
   static constexpr int kResidentSteps = kImage ? 3 : 2;  // of 16 source channels
@@ -276,6 +316,42 @@ __device__ __forceinline__ BlockPlace find_place(const BlockArgs& a, int stride)
   return p;
 }
 
+// This thread's warp, its lane in it, and that as row g and column pair q of a tile. Opaque as
+// find_place.
+struct Lane {
+  int warp, lane, g, q;
+
+  __device__ Lane() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    warp = thread / 32;
+    lane = thread % 32;
+    g = lane / 4;
+    q = lane % 4;
+  }
+};
+
+// The packed weights of this block's slice of output channels. Opaque as find_place.
+__device__ __forceinline__ const unsigned char* slice_weights(const BlockArgs& a) {
+  uint32_t slice;
+  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(slice));
+  return static_cast<const unsigned char*>(a.packed) + slice * a.slice_bytes;
+}
+
+// Which pixels of its block's tile a warp makes: an image, and the first row and column. Opaque as
+// find_place.
+struct WarpPlace {
+  int image, row, column;
+
+  __device__ WarpPlace(const BlockArgs& a, int rows, int columns) {
+    uint32_t thread, x, y;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    image = a.warps_y.divide(a.warps_x.divide(thread / 32, x), y);
+    row = y * rows;
+    column = x * columns;
+  }
+};
+
 // Stores 4 or 2 n tiles of the expansion, clamped and packed: rows g and g + 8 go to two pixels. The
 // columns of tiles are such that a lane has 8 (of 4 tiles) or 4 (of 2) consecutive channels.
 template <typename T>
@@ -303,7 +379,7 @@ __device__ __forceinline__ void expand_resident(const PackedClamp<T>& clamp, uin
                                                 uint32_t bias, uint32_t rows, int row_step,
                                                 uint32_t table, int tiles, int warp, int warps,
                                                 int g_row, int my_row, int my_unit,
-                                                int q, uint32_t one) {
+                                                int q, const uint32_t (&one)[2]) {
   constexpr int kPairs = Shape::kPairs, kSteps = ceil_div(kUnits, 2);
   uint4 b[kSteps][kPairs];
 #pragma unroll
@@ -369,13 +445,10 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   constexpr int kStride = Shape::kStride, kTiles = Shape::kTiles, kChunk = Shape::kChunk;
   constexpr int kRows = Shape::kRows, kCols = Shape::kCols, kPitch = Shape::kPitch;
   constexpr int kPairs = Shape::kPairs, kOutTiles = Shape::kOutTiles;
-  // Depthwise sums in float32, on the tensor cores; float16 keeps them in float16.
-  constexpr bool kExact = !std::is_same_v<T, __half>;
+  constexpr bool kExact = Shape::kExact;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t shared0 = shared_address(shared);
-  const int threads = blockDim.x, thread = threadIdx.x;
-  const int warp = thread / 32, lane = thread % 32, warps = threads / 32;
-  const int g = lane / 4, q = lane % 4;
+  const int threads = blockDim.x, warps = threads / 32;
 
   // 1. Where the tile lies.
   const BlockPlace place = find_place(a, kStride);
@@ -389,19 +462,21 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   const int pixels = images * vh * vw;
   constexpr int kM = 16 * Shape::kPixelTiles;
   const int m_tiles = ceil_div(pixels, kM) * Shape::kPixelTiles;
-  const int c_first = a.chunks * rank / a.splits, c_last = a.chunks * (rank + 1) / a.splits;
+  int c_first = 0, c_last = a.chunks;
+  if (a.splits > 1) {
+    c_first = unsigned(a.chunks * rank) / unsigned(a.splits);
+    c_last = unsigned(a.chunks * (rank + 1)) / unsigned(a.splits);
+  }
 
-  const uint32_t source = shared0 + a.source_offset;
+  const uint32_t source = shared0;
   const uint32_t expanded = shared0 + a.expanded_offset;
   const uint32_t table = shared0 + a.table_offset;  // [pixel of the source] its address in e
-  const unsigned char* const packed =
-      static_cast<const unsigned char*>(a.packed) + blockIdx.y * a.slice_bytes;
   const int pitch_in = (a.k8 | 1) * 16;  // bytes of a source pixel
 
   const auto load_weights = [&](int c) {
-    const unsigned char* const from = packed + int64_t(c) * a.blob_bytes;
-    const uint32_t stage = shared0 + (c & 1) * a.blob_bytes;
-    for (int i = thread * 16; i < a.blob_bytes; i += threads * 16) {
+    const unsigned char* const from = slice_weights(a) + int64_t(c) * a.blob_bytes;
+    const uint32_t stage = shared0 + a.weights_offset + c % a.stages * a.blob_bytes;
+    for (int i = threadIdx.x * 16; i < a.blob_bytes; i += threads * 16) {
       copy_async16(stage + i, from + i, true);
     }
   };
@@ -410,7 +485,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   // where e is outside the map, which every chunk leaves alone.
   load_weights(c_first);
   const T* const input = static_cast<const T*>(a.input);
-  for (int p = thread; p < a.images * eh * ew; p += threads) {
+  for (int p = threadIdx.x; p < a.images * eh * ew; p += threads) {
     uint32_t x, line_y;
     const uint32_t line = a.halo_width.divide(p, x);
     const int image = a.halo_height.divide(line, line_y);
@@ -436,49 +511,87 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       }
     }
   }
-  for (int m = pixels + thread; m < m_tiles * 16; m += threads) {
+  for (int m = pixels + threadIdx.x; m < m_tiles * 16; m += threads) {
     store_shared4(table + m * 4, expanded + a.images * eh * row_bytes);  // a pixel nobody reads
     if constexpr (Shape::kImage) store_shared4(table + (m_tiles * 16 + m) * 4, source);
   }
   if constexpr (Shape::kImage) {
     // As 4-channel pixels: k of a row of the window is 4 pixels x 4 channels, of which the last
     // pixel and the last channel have weight 0.
-    const int columns = 2 * ew + 2, rows = 2 * eh + 1;
+    const int pairs = ew + 1, rows = 2 * eh + 1;  // of pixels
     const int row0 = 2 * top - a.stem_top, column0 = 2 * left - a.stem_left;
-    const auto load_image = [&](auto zero) {
+    const auto load_image = [&](auto zero, auto four) {
       using Pixel = decltype(zero);
+      constexpr bool kFour = decltype(four)::value;
       for (int image = 0; image < images; ++image) {
-        const Pixel* const from =
-            static_cast<const Pixel*>(a.input) + (image0 + image) * a.image_step;
+        const Pixel* const first = static_cast<const Pixel*>(a.input) +
+                                   (image0 + image) * a.image_step;
+        const uint64_t channels[4] = {opaque_address(first), opaque_address(first + a.stride_c),
+                                      opaque_address(first + int64_t(2) * a.stride_c),
+                                      opaque_address(first + int64_t(3) * a.stride_c)};
         const uint32_t image_to = source + image * rows * a.image_pitch;
-#pragma unroll 4
-        for (int i = thread; i < rows * columns; i += threads) {
-          uint32_t c;
-          const int r = a.image_columns.divide(i, c);
-          const int y = row0 + r, x = column0 + int(c);
-          const bool inside = unsigned(y) < unsigned(a.height) && unsigned(x) < unsigned(a.width);
-          const Pixel* const at = from + (y * a.stride_h + x * a.stride_w);
-          T pixel[4];
+        constexpr int kAtOnce = 4;  // pairs of neighbours of a thread whose loads fly together
+        for (int start = threadIdx.x; start < rows * pairs; start += kAtOnce * threads) {
+          Pixel value[kAtOnce][2][4];
+          uint32_t to[kAtOnce];
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const bool real = inside && k < a.in_channels;
-            pixel[k] = from_float<T>(real ? to_float(at[k * a.stride_c]) : 0.0f);
+          for (int u = 0; u < kAtOnce; ++u) {
+            const int i = min(start + u * threads, rows * pairs - 1);
+            uint32_t pair;
+            const int r = a.image_pairs.divide(i, pair);
+            const int y = row0 + r, x = column0 + 2 * int(pair);
+            const int at = y * a.stride_h + x * a.stride_w;
+            to[u] = image_to + r * a.image_pitch + pair * 16;
+#pragma unroll
+            for (int v = 0; v < 2; ++v) {
+              const bool inside =
+                  unsigned(y) < unsigned(a.height) && unsigned(x + v) < unsigned(a.width);
+#pragma unroll
+              for (int k = 0; k < 4; ++k) {
+                value[u][v][k] = from_float<Pixel>(0.0f);
+                if (k == 3 && !kFour) continue;
+                value[u][v][k] = load_element<Pixel>(channels[k], at + v * a.stride_w,
+                                                     inside && (kFour || k < a.in_channels));
+              }
+            }
           }
-          uint32_t words[2];
-          memcpy(words, pixel, 8);
-          store_shared8(image_to + r * a.image_pitch + c * 8, words[0], words[1]);
+#pragma unroll
+          for (int u = 0; u < kAtOnce; ++u) {
+            T pixels2[8];
+#pragma unroll
+            for (int v = 0; v < 2; ++v) {
+#pragma unroll
+              for (int k = 0; k < 4; ++k) {
+                if constexpr (std::is_same_v<Pixel, T>) {
+                  pixels2[4 * v + k] = value[u][v][k];
+                } else {
+                  pixels2[4 * v + k] = from_float<T>(to_float(value[u][v][k]));
+                }
+              }
+            }
+            uint32_t words[4];
+            memcpy(words, pixels2, 16);
+            store_shared16(to[u], words);
+          }
         }
       }
     };
+    const auto load_channels = [&](auto zero) {
+      if (a.in_channels == 4) {
+        load_image(zero, std::true_type{});
+      } else {
+        load_image(zero, std::false_type{});
+      }
+    };
     if (a.image_dtype == DType::kFloat32) {
-      load_image(float{});
+      load_channels(float{});
     } else if (a.image_dtype == DType::kFloat16) {
-      load_image(__half{});
+      load_channels(__half{});
     } else {
-      load_image(__nv_bfloat16{});
+      load_channels(__nv_bfloat16{});
     }
   } else if (a.k8 > kFewUnits) {
-    for (int i = thread; i < a.images * eh * ew * a.k8; i += threads) {
+    for (int i = threadIdx.x; i < a.images * eh * ew * a.k8; i += threads) {
       uint32_t unit, x, line_y;
       const uint32_t p = a.units.divide(i, unit);
       const uint32_t line = a.halo_width.divide(p, x);
@@ -495,31 +608,24 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   }
   copy_async_commit();
 
-  // 3. What this lane addresses. Rows of a tile of 16 pixels are ordered so that the two rows that one
-  // phase of a 16-byte store meets are 4 pixels apart: in different banks.
+  // 3. What a warp reads of e.
   const PackedClamp<T> clamp(a.act);
-  const auto order = [](int i) {
-    return Shape::kSplit ? (i & 1) + 2 * (i & 2) + (i & 4) / 2 : 4 * (i & 1) + (i & 2) + (i & 4) / 4;
-  };
-  const int my_row = order(lane % 8) + (lane & 8);
-  const int my_unit = lane / 16;
-  const int g_row = order(g);
-  const int warp_image = warp / (a.warps_x * a.warps_y);
-  const int warp_tile = warp % (a.warps_x * a.warps_y);
-  const int warp_y = warp_tile / a.warps_x;
-  const int row_out = warp_y * 2 * kRows, column_out = (warp_tile - warp_y * a.warps_x) * 8 * kCols;
-  const uint32_t window = expanded + (warp_image * eh + row_out * kStride + lane / 8) * row_bytes +
-                          (column_out / kCols + lane % 8) * kPitch;
+  const WarpPlace place_of_warp(a, 2 * kRows, 8 * kCols);
+  const uint32_t window =
+      expanded +
+      (place_of_warp.image * eh + place_of_warp.row * kStride + threadIdx.x % 32 / 8) * row_bytes +
+      (place_of_warp.column / kCols + threadIdx.x % 8) * kPitch;
   const int four_rows = 4 * row_bytes;
   const int odd_bytes = Shape::kSplit ? a.odd * kPitch : 0;
   // Where column k of a lane's window lies.
   const auto column_at = [&](int k) {
     return Shape::kSplit ? (k & 1) * odd_bytes + (k >> 1) * kPitch : k * kPitch;
   };
-  const uint32_t one = q == 0 ? (std::is_same_v<T, __half> ? 0x3C00 : 0x3F80) : 0;
-  // The diagonal matrices: lane (g, q) holds row 2q (low half) and 2q + 1 (high half) of column g, so
-  // the lanes with q == g / 2 hold the taps of channel g, in the half that they are packed in.
-  const bool on_diagonal = q == g / 2;
+  // Rows of a tile of 16 pixels are ordered so that the two rows that one phase of a 16-byte store
+  // meets are in different banks: 4 pixels apart or, where rows of e are split, neighbours.
+  const auto order = [](int i) {
+    return Shape::kSplit ? (i & 1) + 2 * (i & 2) + (i & 4) / 2 : 4 * (i & 1) + (i & 2) + (i & 4) / 4;
+  };
 
   // Sums start from the bias of the projection.
   constexpr PackedSizes kSizes = packed_sizes(kChunk, kTiles, kExact);
@@ -527,7 +633,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
     const float* const at =
-        reinterpret_cast<const float*>(packed + a.slice_bytes - kTiles * 32) + j * 8 + q * 2;
+        reinterpret_cast<const float*>(slice_weights(a) + a.slice_bytes - kTiles * 32) + j * 8 +
+        threadIdx.x % 4 * 2;
     const float2 bias = rank == 0 ? __ldg(reinterpret_cast<const float2*>(at)) : float2{};
 #pragma unroll
     for (int t = 0; t < kOutTiles; ++t) {
@@ -537,13 +644,29 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   }
 
   for (int c = c_first; c < c_last; ++c) {
+    if (a.stages == 1 && c > c_first) {
+      __syncthreads();  // nobody reads the last chunk's weights any more
+      load_weights(c);
+      copy_async_commit();
+    }
     copy_async_wait<0>();
     __syncthreads();  // weights and source are there; nobody reads e or the other weights any more
-    const uint32_t weights = shared0 + (c & 1) * a.blob_bytes;
-    if (c + 1 < c_last) load_weights(c + 1);
-    copy_async_commit();
+    const uint32_t weights = shared0 + a.weights_offset + c % a.stages * a.blob_bytes;
+    if (a.stages == 2 && c + 1 < c_last) {
+      load_weights(c + 1);
+      copy_async_commit();
+    }
+    const Lane me;
+    const int warp = me.warp, lane = me.lane, g = me.g, q = me.q;
+    const int my_row = order(lane % 8) + (lane & 8), my_unit = lane / 16, g_row = order(g);
     const uint32_t expand_fragments = weights + kSizes.fixed + lane * 16;
     const uint32_t expand_bias = weights + kSizes.expand_bias + lane * 4;
+    // Left operand of mma_bias. Opaque, so that the compiler does not copy a pair for each use.
+    uint32_t one[2];
+    asm volatile("mov.b32 %0, %1;"
+                 : "=r"(one[0])
+                 : "r"(q == 0 ? (std::is_same_v<T, __half> ? 0x3C00u : 0x3F80u) : 0u));
+    asm volatile("mov.b32 %0, %1;" : "=r"(one[1]) : "r"(one[0]));
 
     // 4. Expand.
     if (!Shape::kImage && a.k8 == 0) {
@@ -628,7 +751,10 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     }
     __syncthreads();
 
-    // 5. Depthwise and projection, 16 expanded channels at a time.
+    // 5. Depthwise and projection, 16 expanded channels at a time. The diagonal matrices: lane (g, q)
+    // holds row 2q (low half) and 2q + 1 (high half) of column g, so the lanes with q == g / 2 hold
+    // the taps of channel g, in the half that they are packed in.
+    const bool on_diagonal = q == g / 2;
     const uint32_t project_fragments = weights + kSizes.project + lane * 16;
 #pragma unroll 1
     for (int s = 0; s < kPairs; ++s) {
@@ -636,43 +762,50 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int unit = 2 * s + h;
+        // Taps (0,0) (1,0) (2,0) (0,1) | (1,1) (2,1) (0,2) (1,2) | (2,2), bias.
         const uint32_t taps_at = weights + kSizes.depthwise + unit * kSizes.depthwise_unit;
         if constexpr (kExact) {
-          // Taps (0,0) (1,0) (0,1) (1,1) | (0,2) (1,2) (2,0) (2,1) | (2,2).
-          uint4 taps[2] = {};
-          uint32_t last_tap = 0;
+          uint32_t taps[9] = {};
           if (on_diagonal) {
-            taps[0] = load_shared16(taps_at + g * 16);
-            taps[1] = load_shared16(taps_at + 128 + g * 16);
-            last_tap = load_shared4(taps_at + 256 + g * 4);
+            const uint4 w0 = load_shared16(taps_at + g * 16);
+            const uint4 w1 = load_shared16(taps_at + 128 + g * 16);
+            taps[0] = w0.x, taps[1] = w0.y, taps[2] = w0.z, taps[3] = w0.w;
+            taps[4] = w1.x, taps[5] = w1.y, taps[6] = w1.z, taps[7] = w1.w;
+            taps[8] = load_shared4(taps_at + 256 + g * 4);
           }
-          uint32_t m[Shape::kInCols][Shape::kInRows];
+          float v[kCols][kRows][4];
+#pragma unroll
+          for (int x = 0; x < kCols; ++x) {
+#pragma unroll
+            for (int y = 0; y < kRows; ++y) load_floats4(v[x][y], taps_at + 288 + q * 16);
+          }
 #pragma unroll
           for (int k = 0; k < Shape::kInCols; ++k) {
-            load_column(m[k], window + unit * 16 + column_at(k), four_rows);
+            uint32_t m[Shape::kInRows];
+            load_column(m, window + unit * 16 + column_at(k), four_rows);
+#pragma unroll
+            for (int x = 0; x < kCols; ++x) {
+              const int j = k - kStride * x;  // column of the window
+              if (j < 0 || j > 2) continue;
+#pragma unroll
+              for (int y = 0; y < kRows; ++y) {
+                const int r0 = kStride * 2 * y, r1 = kStride * (2 * y + 1);
+                mma<T>(v[x][y], {m[r0], m[r1], m[r0 + 1], m[r1 + 1]}, taps[3 * j],
+                       taps[3 * j + 1]);
+                mma_k8<T>(v[x][y], m[r0 + 2], m[r1 + 2], taps[3 * j + 2]);
+              }
+            }
           }
 #pragma unroll
           for (int x = 0; x < kCols; ++x) {
-            const auto& l = m[x];
-            const auto& c = m[x + 1];
-            const auto& r = m[x + 2];
 #pragma unroll
             for (int y = 0; y < kRows; ++y) {
-              const int r0 = kStride * 2 * y, r1 = kStride * (2 * y + 1);
-              float v[4];
-              load_floats4(v, taps_at + 288 + q * 16);
-              mma<T>(v, {l[r0], l[r1], l[r0 + 1], l[r1 + 1]}, taps[0].x, taps[0].y);
-              mma<T>(v, {c[r0], c[r1], c[r0 + 1], c[r1 + 1]}, taps[0].z, taps[0].w);
-              mma<T>(v, {r[r0], r[r1], r[r0 + 1], r[r1 + 1]}, taps[1].x, taps[1].y);
-              mma<T>(v, {l[r0 + 2], l[r1 + 2], c[r0 + 2], c[r1 + 2]}, taps[1].z, taps[1].w);
-              mma_k8<T>(v, r[r0 + 2], r[r1 + 2], last_tap);
-              d[x * kRows + y][2 * h] = clamp(v[0], v[1]);
-              d[x * kRows + y][2 * h + 1] = clamp(v[2], v[3]);
+              d[x * kRows + y][2 * h] = clamp(v[x][y][0], v[x][y][1]);
+              d[x * kRows + y][2 * h + 1] = clamp(v[x][y][2], v[x][y][3]);
             }
           }
         } else {
-          // A register of a matrix holds channels 2q and 2q + 1 of a pixel, so does one of the taps:
-          // taps (0,0) (1,0) (2,0) (0,1) | (1,1) (2,1) (0,2) (1,2) | (2,2), bias.
+          // A register of a matrix holds channels 2q and 2q + 1 of a pixel, so does one of the taps.
           const uint4 w0 = load_shared16(taps_at + q * 48);
           const uint4 w1 = load_shared16(taps_at + q * 48 + 16);
           const uint2 w2 = load_shared8(taps_at + q * 48 + 32);
@@ -732,10 +865,14 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   // 6. Output. Groups of 4, 2 and 1 tiles: a lane has 8, 4 or 2 consecutive channels of each.
   constexpr int kGroups = ceil_div(kTiles, 4);
   const BlockPlace here = find_place(a, kStride);
+  const WarpPlace warp_here(a, 2 * kRows, 8 * kCols);
+  const Lane me;
+  const int warp = me.warp, lane = me.lane, g = me.g, q = me.q;
+  const int warp_image = warp_here.image;
   const int channel0 = blockIdx.y * kTiles * 8;
   const int64_t image = here.image0 + warp_image;
-  const int oy0 = here.tile_y * a.tile_h + row_out;
-  const int ox0 = here.tile_x * a.tile_w + column_out + g * kCols;
+  const int oy0 = here.tile_y * a.tile_h + warp_here.row;
+  const int ox0 = here.tile_x * a.tile_w + warp_here.column + g * kCols;
   T* const output = static_cast<T*>(a.output) + image * a.out_h * int64_t(a.out_w) * a.out_channels;
 
   const auto write = [&](int x, int y, int half, int j, auto size, const auto& value) {
@@ -759,7 +896,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
         const int width = here.x1 - here.x0;
         const int m = (warp_image * (here.y1 - here.y0) + oy - here.y0) * width + ox - here.x0;
         load_floats<T, 2 * kGroup>(
-            reinterpret_cast<const T*>(shared + a.source_offset + m * pitch_in) + channel0 + channel,
+            reinterpret_cast<const T*>(shared + m * pitch_in) + channel0 + channel,
             r);
       } else {
         load_floats<T, 2 * kGroup>(static_cast<const T*>(a.input) +
@@ -813,7 +950,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   // 7. The sums of the cluster's blocks, added in the order of their ranks: block r makes every
   // splits-th group of tiles.
   __syncthreads();
-  float4* const mine = reinterpret_cast<float4*>(shared + a.expanded_offset);
+  float4* const mine = reinterpret_cast<float4*>(shared + a.weights_offset);
 #pragma unroll
   for (int t = 0; t < kOutTiles; ++t) {
 #pragma unroll
@@ -823,24 +960,37 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     }
   }
   cluster_sync();
+  const uint32_t partial = shared0 + a.weights_offset;
 #pragma unroll
   for (int t = 0; t < kOutTiles; ++t) {
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      if ((t * kGroups + j / 4) % a.splits != here.rank) continue;
-      float4 sum = {};
+    for (int j0 = 0; j0 < kTiles; j0 += 4) {
+      if ((t * kGroups + j0 / 4) % a.splits != here.rank) continue;
+      constexpr int kMost = kTiles < 4 ? kTiles : 4;
+      float4 sum[kMost] = {};
+#pragma unroll 2
       for (int r = 0; r < a.splits; ++r) {
-        const float4 v = load_cluster(
-            expanded + (((warp * kOutTiles + t) * kTiles + j) * 32 + lane) * 16, r);
-        sum.x += v.x;
-        sum.y += v.y;
-        sum.z += v.z;
-        sum.w += v.w;
+        float4 v[kMost];
+#pragma unroll
+        for (int j = 0; j < kMost && j0 + j < kTiles; ++j) {
+          v[j] = load_cluster(
+              partial + (((warp * kOutTiles + t) * kTiles + j0 + j) * 32 + lane) * 16, r);
+        }
+#pragma unroll
+        for (int j = 0; j < kMost && j0 + j < kTiles; ++j) {
+          sum[j].x += v[j].x;
+          sum[j].y += v[j].y;
+          sum[j].z += v[j].z;
+          sum[j].w += v[j].w;
+        }
       }
-      acc[t][j][0] = sum.x;
-      acc[t][j][1] = sum.y;
-      acc[t][j][2] = sum.z;
-      acc[t][j][3] = sum.w;
+#pragma unroll
+      for (int j = 0; j < kMost && j0 + j < kTiles; ++j) {
+        acc[t][j0 + j][0] = sum[j].x;
+        acc[t][j0 + j][1] = sum[j].y;
+        acc[t][j0 + j][2] = sum[j].z;
+        acc[t][j0 + j][3] = sum[j].w;
+      }
     }
   }
 #pragma unroll
@@ -861,7 +1011,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 
 template <typename T, int kIndex>
 cudaError_t launch_instance(const BlockArgs& a, const BlockLaunch& launch) {
-  const auto kernel = inverted_residual_kernel<T, BlockShape<kIndex>>;
+  const auto kernel = inverted_residual_kernel<T, BlockShape<kIndex, !std::is_same_v<T, __half>>>;
   // Once a device and instance; a race only sets it twice.
   static uint64_t prepared = 0;
   int device = 0;

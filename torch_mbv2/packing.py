@@ -15,17 +15,13 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16)
-# What instances exist (kBlockKernels): sizes in tiles of 8 output channels, and expanded channels
-# at a time.
-_TILES = (2, 3, 4, 8, 12, 20, 40)
-_WIDE_TILES = (8, 12, 20, 40)  # for more than 32 input channels
-_CHUNKS = (48,)
-_STEM_TILES = (2, 4)
-_STEM_CHUNKS = (32, 48)
-# The window's taps, (row, column), in the order of the instructions: of float16, and of bfloat16,
-# whose depthwise sums are float32.
+# What instances exist (kBlockKernels): (tiles of 8 output channels, expanded channels at a time).
+_LAYOUTS = ((2, 48), (3, 48), (3, 32), (4, 48), (8, 48), (12, 48), (20, 48), (40, 48))
+_WIDE_LAYOUTS = _LAYOUTS[4:]  # for more than 32 input channels
+_STEM_LAYOUTS = ((2, 32), (4, 32), (2, 48), (4, 48))
+_MOST_TILES = 40  # more output channels are made in several slices
+# The window's taps, (row, column), in the order of the instructions.
 _TAPS = tuple((i, j) for j in range(3) for i in range(3))
-_EXACT_TAPS = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 0), (2, 1), (2, 2))
 
 
 def pack_inverted_residual(
@@ -54,7 +50,7 @@ def pack_inverted_residual(
     if channels % 8 != 0 or not _serves(depthwise_weight, project_weight):
         return None
     matrix = None if expand_weight is None else expand_weight.flatten(1)
-    tiles = _TILES if expand_weight is None or channels <= 32 else _WIDE_TILES
+    few = expand_weight is None or channels <= 32
     return _pack(
         matrix,
         expand_bias,
@@ -62,8 +58,7 @@ def pack_inverted_residual(
         depthwise_bias,
         project_weight,
         project_bias,
-        tiles,
-        _CHUNKS,
+        _LAYOUTS if few else _WIDE_LAYOUTS,
     )
 
 
@@ -102,8 +97,7 @@ def pack_stem_block(
         depthwise_bias,
         project_weight,
         project_bias,
-        _STEM_TILES,
-        _STEM_CHUNKS,
+        _STEM_LAYOUTS,
     )
 
 
@@ -124,18 +118,20 @@ def _pack(
     depthwise_bias: Tensor | None,
     project: Tensor,
     project_bias: Tensor | None,
-    tile_sizes: Sequence[int],
-    chunk_sizes: Sequence[int],
+    layouts: Sequence[tuple[int, int]],
 ) -> Tensor | None:
     out_channels, expanded = project.shape[:2]
-    needed = out_channels // 8
-    slices = math.ceil(needed / tile_sizes[-1])
-    fitting = [size for size in tile_sizes if size * slices >= needed]
-    if not fitting:
+    slices = math.ceil(out_channels / (8 * _MOST_TILES))
+    needed = math.ceil(out_channels / 8 / slices)
+    # As choose_block_layout of block_tiles.h: the fewest products to spare.
+    costs = [
+        (math.ceil(expanded / chunk) * chunk * (tiles + 8), chunk, tiles)
+        for tiles, chunk in layouts
+        if tiles >= needed
+    ]
+    if not costs:
         return None
-    # As choose_block_kernel of block_tiles.h.
-    tiles = fitting[0]
-    chunk = min(chunk_sizes, key=lambda size: math.ceil(expanded / size) * size)
+    _, chunk, tiles = min(costs)
     chunks = math.ceil(expanded / chunk)
     dtype = project.dtype
 
@@ -176,7 +172,7 @@ def _depthwise(taps: Tensor, bias: Tensor, chunks: int) -> Tensor:
         pairs = torch.stack(rows, 1).view(chunks, -1, 2, len(rows))
         return _words(pairs.transpose(2, 3).flatten(1))
     # Entries of diagonal matrices: [unit][channel][tap][half of the register]
-    entries = torch.stack([taps[:, i, j] for i, j in _EXACT_TAPS], 1).view(chunks, -1, 8, 9)
+    entries = torch.stack([taps[:, i, j] for i, j in _TAPS], 1).view(chunks, -1, 8, 9)
     words = entries.new_zeros(*entries.shape, 2)
     words[:, :, 0::2, :, 0] = entries[:, :, 0::2]
     words[:, :, 1::2, :, 1] = entries[:, :, 1::2]
