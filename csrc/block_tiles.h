@@ -83,10 +83,10 @@ constexpr BlockKernel kBlockKernels[] = {
     {1, 4, 2, 1, 48, true, true, 1, 8, 2},
     {1, 2, 2, 2, 32, true, true, 1, 8, 2},
 };
-// Exact depthwise sums take more registers, in some instances too many for min_blocks.
+// Exact depthwise sums take more registers: in some instances too many for min_blocks.
 constexpr int min_blocks_of(const BlockKernel& k, bool exact) {
-  const bool crowded = k.rows == 4 || (k.image && k.chunk == 48 && k.tiles == 4);
-  return exact && crowded ? 1 : k.min_blocks;
+  const bool crowded = k.image ? k.chunk == 48 && k.tiles == 4 : exact && k.rows == 4;
+  return crowded ? 1 : k.min_blocks;
 }
 constexpr int kBlockKernelCount = sizeof(kBlockKernels) / sizeof(kBlockKernels[0]);
 

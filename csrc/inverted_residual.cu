@@ -8,6 +8,11 @@
 
 #include "block_launch.h"
 
+#ifdef TORCH_MBV2_TUNING
+#define kNoOverlap (std::getenv("TORCH_MBV2_NO_PDL") != nullptr)
+#else
+#define kNoOverlap false
+#endif
 namespace torch_mbv2 {
 namespace {
 
@@ -28,6 +33,7 @@ int chunk_bytes(const InvertedResidualParams& p, const BlockLayout& layout) {
 
 struct Choice {
   bool fits;
+  bool hopper;  // the device can start a kernel early
   BlockTile tile;
 };
 
@@ -58,6 +64,7 @@ Choice choose(const InvertedResidualParams& p) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   limits.clusters = major >= 9;
   Choice choice{};
+  choice.hopper = limits.clusters;
   choice.fits = choose_block_tile(problem, limits, choice.tile);
 #ifdef TORCH_MBV2_TUNING
   if (const char* forced = std::getenv("TORCH_MBV2_BLOCK_TILE")) {
@@ -157,7 +164,8 @@ cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stre
         a.batch = p.batch - image;
         const BlockLaunch launch = {unsigned(groups * blocks_per_image), unsigned(slices),
                                     unsigned(32 * t.warps_x * t.warps_y * t.images),
-                                    unsigned(t.splits), size_t(t.shared_bytes), stream};
+                                    unsigned(t.splits), choice.hopper && !kNoOverlap,
+                                    size_t(t.shared_bytes), stream};
         return p.dtype == DType::kFloat16 ? launch_block_f16(t.kernel, a, launch)
                                           : launch_block_bf16(t.kernel, a, launch);
       });

@@ -243,7 +243,13 @@ __device__ __forceinline__ float4 load_cluster(uint32_t address, int rank) {
                : "r"(remote));
   return v;
 }
-#else  // never launched with splits there
+// The kernel before this one in the stream has finished, and what it wrote is there.
+__device__ __forceinline__ void wait_for_input() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next kernel in the stream may start, up to its wait_for_input.
+__device__ __forceinline__ void start_next() { asm volatile("griddepcontrol.launch_dependents;"); }
+#else  // never launched with splits or before the kernel before it has finished there
+__device__ __forceinline__ void wait_for_input() {}
+__device__ __forceinline__ void start_next() {}
 __device__ __forceinline__ void cluster_sync() {}
 __device__ __forceinline__ float4 load_cluster(uint32_t, int) { return {}; }
 #endif
@@ -483,6 +489,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 
   // 2. On their way: weights of the first chunk, and the source. Where its pixels go in e; zeros
   // where e is outside the map, which every chunk leaves alone.
+  wait_for_input();
+  start_next();
   load_weights(c_first);
   const T* const input = static_cast<const T*>(a.input);
   for (int p = threadIdx.x; p < a.images * eh * ew; p += threads) {
@@ -1029,12 +1037,18 @@ cudaError_t launch_instance(const BlockArgs& a, const BlockLaunch& launch) {
   config.blockDim = dim3(launch.threads);
   config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = launch.stream;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = launch.splits;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = launch.splits > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (launch.splits > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim = {launch.splits, 1, 1};
+    ++config.numAttrs;
+  }
+  if (launch.overlaps) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+    ++config.numAttrs;
+  }
   return cudaLaunchKernelEx(&config, kernel, a);
 }
 

@@ -54,10 +54,13 @@ def rounded(dtype: torch.dtype, *arguments) -> nn.Module:
 
 def check(stock: nn.Module, x: Tensor) -> None:
     """The logits of the patched model err at most half as much again as those of stock, both
-    against float64 on the same rounded weights and images."""
-    exact = copy.deepcopy(stock).double()(x.double())
-    limit = testing.ERROR_RATIO * testing.relative_l2(stock(x), exact)
-    assert testing.relative_l2(torch_mbv2.patch(stock)(x), exact) <= limit
+    against float64 on the same rounded weights and images: the first and the last few of `x`."""
+    some = torch.cat([x[:4], x[4:][-4:]])
+    exact = copy.deepcopy(stock).double()(some.double())
+    got = torch_mbv2.patch(stock)(x)
+    got = torch.cat([got[:4], got[4:][-4:]])
+    limit = testing.ERROR_RATIO * testing.relative_l2(stock(some), exact)
+    assert testing.relative_l2(got, exact) <= limit
 
 
 @pytest.mark.parametrize("dtype", HALVES)
