@@ -16,26 +16,25 @@ constexpr int kMaxBlockTiles = 40;  // of 8 output channels; more are made by se
 struct PackedSizes {
   int project;      // [k step of 16][n tile] fragments
   int depthwise;    // [unit of 8 channels]
-  int expand_bias;  // [n tile][lane] the fragment for 8 of k of which the first is the bias
+  int expand_bias;  // [n tile][lane] the fragment for 8 of k: the bias, what rounding lost of it, zeros
   int fixed;        // end of the above; here start the fragments of the expansion,
                     // [k step of 16][pair of n tiles]
-  // A unit of the depthwise convolution, in bytes; taps are in the order (0,0) (1,0) (2,0) (0,1)
-  // (1,1) (2,1) (0,2) (1,2) (2,2) of (row, column). Sums in float16: [q < 4] 12 pairs of channels
-  // 2q and 2q + 1: the taps, the bias, 2 unused. Exact sums: [channel][4 taps], [channel][4 taps],
-  // [channel][tap] as pairs of a tap and a zero, where the tap is the low half of even channels and
-  // the high half of odd ones; then [q < 4] float, biases of channels 2q, 2q + 1, 2q, 2q + 1.
+  // A unit of the depthwise convolution, in bytes: [channel][4 taps], [channel][4 taps],
+  // [channel][tap], in the order (0,0) (1,0) (2,0) (0,1) (1,1) (2,1) (0,2) (1,2) (2,2) of (row,
+  // column), as pairs of a tap and a zero, where the tap is the low half of even channels and the
+  // high half of odd ones; then [q < 4] float, biases of channels 2q, 2q + 1, 2q, 2q + 1.
   int depthwise_unit;
 };
-constexpr PackedSizes packed_sizes(int chunk, int tiles, bool exact) {
+constexpr PackedSizes packed_sizes(int chunk, int tiles) {
   PackedSizes s{};
-  s.depthwise_unit = exact ? 352 : 192;
+  s.depthwise_unit = 352;
   s.depthwise = chunk / 16 * tiles * 256;
   s.expand_bias = s.depthwise + chunk / 8 * s.depthwise_unit;
   s.fixed = s.expand_bias + chunk / 8 * 128;
   return s;
 }
-constexpr int packed_chunk_bytes(int chunk, int tiles, int k_steps, bool exact) {
-  return packed_sizes(chunk, tiles, exact).fixed + k_steps * chunk / 16 * 512;
+constexpr int packed_chunk_bytes(int chunk, int tiles, int k_steps) {
+  return packed_sizes(chunk, tiles).fixed + k_steps * chunk / 16 * 512;
 }
 
 // What a kernel instance is compiled for; see BlockShape of inverted_residual.cuh.
@@ -56,7 +55,6 @@ constexpr BlockKernel kBlockKernels[] = {
     {1, 3, 2, 1, 48, false, true, 1, 8, 2},
     {1, 4, 2, 1, 48, false, true, 1, 8, 2},
     {1, 8, 1, 1, 48, false, true, 1, 8, 2},
-    {1, 3, 4, 1, 48, false, true, 1, 8, 2},
     // stride 2, few channels
     {2, 2, 1, 1, 48, false, true, 1, 8, 2},
     {2, 3, 1, 1, 48, false, true, 1, 8, 2},
@@ -80,14 +78,9 @@ constexpr BlockKernel kBlockKernels[] = {
     {1, 2, 2, 1, 32, true, true, 1, 8, 2},
     {1, 4, 2, 1, 32, true, true, 1, 8, 2},
     {1, 2, 2, 1, 48, true, true, 1, 8, 2},
-    {1, 4, 2, 1, 48, true, true, 1, 8, 2},
-    {1, 2, 2, 2, 32, true, true, 1, 8, 2},
+    {1, 4, 2, 1, 48, true, true, 1, 8, 1},
+    {1, 2, 1, 2, 32, true, true, 1, 8, 2},
 };
-// Exact depthwise sums take more registers: in some instances too many for min_blocks.
-constexpr int min_blocks_of(const BlockKernel& k, bool exact) {
-  const bool crowded = k.image ? k.chunk == 48 && k.tiles == 4 : exact && k.rows == 4;
-  return crowded ? 1 : k.min_blocks;
-}
 constexpr int kBlockKernelCount = sizeof(kBlockKernels) / sizeof(kBlockKernels[0]);
 
 // An inverted residual as the choice sees it.
@@ -99,7 +92,6 @@ struct BlockProblem {
   int expanded, out_channels;
   int stride;
   bool image;
-  bool exact;  // depthwise sums in float32
 };
 
 // Units of 8 channels of a source pixel in shared memory.
@@ -198,7 +190,7 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   const int source_bytes = k.image         ? t.images * (2 * eh + 1) * t.image_pitch
                            : units == 0 ? 0
                                            : rows * (units | 1) * 16;
-  const int blob = packed_chunk_bytes(k.chunk, k.tiles, steps, p.exact);
+  const int blob = packed_chunk_bytes(k.chunk, k.tiles, steps);
   t.weights_offset = up(source_bytes, 128);
   for (t.stages = 2; t.stages > 0; --t.stages) {
     t.expanded_offset = up(t.weights_offset + t.stages * blob, 128);
@@ -242,7 +234,7 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   const double latency = my_chunks * (std::max(chain, chunk) + waits) + edges + 4900 +
                          (t.splits > 1 ? 3000 : 0);
   // Blocks at a time on a multiprocessor: 64 K registers in four parts, shared memory.
-  const int registers = (65536 / (min_blocks_of(k, p.exact) * k.warps * 32)) / 8 * 8;
+  const int registers = (65536 / (k.min_blocks * k.warps * 32)) / 8 * 8;
   const int by_registers = 16384 / (registers * 32) * 4 / warps;
   const int by_shared = device.shared_per_multiprocessor / (t.shared_bytes + 1024);
   const int resident = std::max(1, std::min({by_shared, by_registers, 16}));

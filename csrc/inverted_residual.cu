@@ -18,7 +18,7 @@ namespace {
 
 BlockProblem problem_of(const InvertedResidualParams& p) {
   return {p.batch,    p.expanded_h, p.expanded_w,   p.out_h,  p.out_w, p.expands ? p.in_channels : 0,
-          p.expanded, p.out_channels, p.stride, p.stem, p.dtype != DType::kFloat16};
+          p.expanded, p.out_channels, p.stride, p.stem};
 }
 
 bool layout_of(const InvertedResidualParams& p, BlockLayout& layout) {
@@ -28,7 +28,7 @@ bool layout_of(const InvertedResidualParams& p, BlockLayout& layout) {
 // Bytes of a chunk's weights.
 int chunk_bytes(const InvertedResidualParams& p, const BlockLayout& layout) {
   const int steps = p.expands ? expand_steps(p.stem, p.in_channels) : 0;
-  return packed_chunk_bytes(layout.chunk, layout.tiles, steps, p.dtype != DType::kFloat16);
+  return packed_chunk_bytes(layout.chunk, layout.tiles, steps);
 }
 
 struct Choice {
@@ -45,8 +45,7 @@ Choice choose(const InvertedResidualParams& p) {
   const BlockProblem problem = problem_of(p);
   const auto key = std::make_tuple(device, problem.batch, problem.e_h, problem.e_w, problem.out_h,
                                    problem.out_w, problem.source_channels, problem.expanded,
-                                   problem.out_channels, problem.stride, problem.image,
-                                   problem.exact);
+                                   problem.out_channels, problem.stride, problem.image);
   static std::mutex mutex;
   static std::map<std::remove_const_t<decltype(key)>, Choice> choices;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -119,7 +118,8 @@ cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stre
   a.pad_top = p.pad_top;
   a.pad_left = p.pad_left;
   a.k8 = p.expands && !p.stem ? source_units(kBlockKernels[t.kernel], p.in_channels) : 0;
-  a.chunks = t.chunks;
+  a.chunks = t.chunks / t.splits;
+  a.more_chunks = t.chunks % t.splits;
   a.tile_h = t.tile_h;
   a.tile_w = t.tile_w;
   a.warps_x = Divider(t.warps_x);
@@ -134,6 +134,7 @@ cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stre
   a.row_pixels = t.row_pixels;
   a.odd = t.odd;
   a.splits = t.splits;
+  while (1 << a.split_bits < a.splits) ++a.split_bits;
   a.stages = t.stages;
   a.blob_bytes = chunk_bytes(p, layout);
   a.slice_bytes = int64_t(t.chunks) * a.blob_bytes + layout.tiles * 32;

@@ -59,21 +59,6 @@ __device__ __forceinline__ void load_matrices_n(uint32_t* r, uint32_t address) {
   }
 }
 
-// One column of kCount 8x8 matrices, four to an instruction; `address` is of this lane's row of the
-// first four, `step` leads from one four to the next.
-template <int kCount>
-__device__ __forceinline__ void load_column(uint32_t (&r)[kCount], uint32_t address, int step) {
-#pragma unroll
-  for (int i = 0; i + 4 <= kCount; i += 4) load_matrices_n<4>(&r[i], address + i / 4 * step);
-  constexpr int kRest = kCount % 4;
-  if constexpr (kRest == 3) {
-    load_matrices_n<2>(&r[kCount - 3], address + kCount / 4 * step);
-  } else if constexpr (kRest > 0) {
-    load_matrices_n<kRest>(&r[kCount - kRest], address + kCount / 4 * step);
-  }
-  static_assert(kRest != 3);
-}
-
 // c (16x8) += a (16x8) * b (8x8); the fragments are the lower halves of mma's.
 template <typename T>
 __device__ __forceinline__ void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
@@ -92,7 +77,8 @@ __device__ __forceinline__ void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, 
   }
 }
 
-// The bias as a product: 8 of k of which the first is 1 in every pixel, times a row of biases; c = it.
+// The bias as a product: 8 of k of which the first two are 1 in every pixel, times the rounded biases
+// and what rounding lost of them; c = it.
 template <typename T>
 __device__ __forceinline__ void mma_bias(float (&c)[4], const uint32_t (&one)[2],
                                          uint32_t bias) {
@@ -207,11 +193,6 @@ struct PackedClamp {
     } else {
       asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
     }
-    return upper(word);
-  }
-
-  // Of a pair that is not negative.
-  __device__ __forceinline__ uint32_t upper(uint32_t word) const {
     Pair pair;
     memcpy(&pair, &word, 4);
     pair = __hmin2_nan(pair, hi);
@@ -219,15 +200,6 @@ struct PackedClamp {
     return word;
   }
 };
-
-__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
-  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(c) : "r"(a), "r"(b));
-  return c;
-}
-__device__ __forceinline__ uint32_t fma_pair_relu(uint32_t a, uint32_t b, uint32_t c) {
-  asm("fma.rn.relu.f16x2 %0, %1, %2, %0;" : "+r"(c) : "r"(a), "r"(b));
-  return c;
-}
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void cluster_sync() {
@@ -255,27 +227,18 @@ __device__ __forceinline__ float4 load_cluster(uint32_t, int) { return {}; }
 #endif
 
 // What follows from a kernel's entry in kBlockKernels.
-template <int kIndex, bool kExact_>
+template <int kIndex>
 struct BlockShape {
-  // Depthwise sums in float32, on the tensor cores; else in float16.
-  static constexpr bool kExact = kExact_;
   static constexpr BlockKernel kKernel = kBlockKernels[kIndex];
   static constexpr int kStride = kKernel.stride, kTiles = kKernel.tiles;
   static constexpr int kRows = kKernel.rows, kCols = kKernel.cols, kChunk = kKernel.chunk;
   static constexpr int kPixelTiles = kKernel.pixel_tiles;
   static constexpr bool kImage = kKernel.image, kResident = kKernel.resident;
   static constexpr int kMaxThreads = 32 * kKernel.warps;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-  // The compiler needs more registers there.
-  static constexpr bool kCrowded = kExact && kKernel.tiles == 8 && kKernel.cols == 2;
-#else
-  static constexpr bool kCrowded = false;
-#endif
-  static constexpr int kMinBlocks = kCrowded ? 1 : min_blocks_of(kKernel, kExact);
+  static constexpr int kMinBlocks = kKernel.min_blocks;
   static constexpr int kPitch = kChunk * 2 + 16;  // bytes of a pixel of e
   static constexpr int kPairs = kChunk / 16;      // pairs of 8 expanded channels
   static constexpr int kResidentSteps = kImage ? 3 : 2;  // of 16 source channels
-  static constexpr int kInRows = kStride * (2 * kRows - 1) + 3;  // of e that a warp's window has
   static constexpr int kInCols = kStride * (kCols - 1) + 3;      // that a lane reads
   // Whether a row of e holds its even pixels first, so that 8 lanes find 8 neighbours.
   static constexpr bool kSplit = kStride * kCols > 1;
@@ -284,6 +247,73 @@ struct BlockShape {
   static_assert(!kImage || (kResident && kStride == 1));
   static_assert(kPixelTiles == 1 || !kResident);
   static_assert(kStride * kCols <= 2);
+};
+
+// Row i of a group of rows of output that tile t of a warp has in its rows g (half 0) and g + 8 (half
+// 1). Rows are paired so that what the windows of a pair read are whole operands, without copies.
+template <int kRows>
+__device__ __forceinline__ constexpr int output_row(int t, int half) {
+  return kRows == 1 ? half : t / 2 * 4 + t % 2 + 2 * half;
+}
+
+// One column of the windows of a warp: matrices of 8 pixels x 8 channels, a row of e each, as left
+// operands. A register pair holds the two rows that output rows g and g + 8 of a tile meet with one
+// tap; two pairs are two taps.
+template <typename Shape>
+struct DepthwiseColumn {
+  static constexpr int kRows = Shape::kRows, kStride = Shape::kStride;
+  static constexpr int kGroups = kRows == 1 ? 1 : kRows / 2;  // of 4 rows of output
+  uint32_t quads[kGroups][2][4];
+  uint32_t pair[kGroups][2];
+
+  // The row of e, from a group's first, that a lane addresses in a load of four matrices.
+  __device__ static int lane_row(int lane) {
+    const int i = lane / 8;
+    if (kStride == 1 && kRows == 1) return i;
+    const int apart = kRows == 1 ? 2 : 2 * kStride;  // the rows of a pair
+    return (i & 1) * apart + i / 2;
+  }
+
+  // `at`: this lane's row of the first load.
+  __device__ __forceinline__ void load(uint32_t at, int row_bytes) {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const uint32_t from = at + i * 4 * kStride * row_bytes;
+      load_matrices_n<4>(quads[i][0], from);
+      if (kRows > 1) load_matrices_n<4>(quads[i][1], from + 2 * row_bytes);
+      if (kStride == 2) load_matrices_n<2>(pair[i], from + (kRows == 1 ? 2 : 4) * row_bytes);
+    }
+  }
+
+  // c += this column of the windows of tile t, times the taps of its three rows.
+  template <typename T>
+  __device__ __forceinline__ void add(float (&c)[4], int t, const uint32_t (&taps)[3]) const {
+    const auto& q0 = quads[t / 2][0];
+    const auto& q1 = quads[t / 2][1];
+    const auto& p = pair[t / 2];
+    if constexpr (kStride == 1 && kRows == 1) {
+      mma<T>(c, q0, taps[0], taps[2]);  // rows 0 1 | 2 3
+      mma_k8<T>(c, q0[1], q0[2], taps[1]);
+    } else if constexpr (kStride == 1) {
+      if (t % 2 == 0) {
+        mma<T>(c, q0, taps[0], taps[1]);  // rows 0 2 | 1 3
+        mma_k8<T>(c, q1[0], q1[1], taps[2]);
+      } else {
+        mma<T>(c, q1, taps[1], taps[2]);  // rows 2 4 | 3 5
+        mma_k8<T>(c, q0[2], q0[3], taps[0]);
+      }
+    } else if constexpr (kRows == 1) {
+      mma<T>(c, q0, taps[0], taps[1]);  // rows 0 2 | 1 3
+      mma_k8<T>(c, p[0], p[1], taps[2]);  // rows 2 4
+    } else {
+      mma<T>(c, t % 2 == 0 ? q0 : q1, taps[0], taps[1]);  // rows 0 4 | 1 5 and 2 6 | 3 7
+      if (t % 2 == 0) {
+        mma_k8<T>(c, q1[0], q1[1], taps[2]);
+      } else {
+        mma_k8<T>(c, p[0], p[1], taps[2]);  // rows 4 8
+      }
+    }
+  }
 };
 
 // Where a block's tile lies: its rank in the cluster, its images, its position among the tiles, and
@@ -300,11 +330,8 @@ __device__ __forceinline__ BlockPlace find_place(const BlockArgs& a, int stride)
   BlockPlace p;
   uint32_t block;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-  p.rank = 0;
-  if (a.splits > 1) {
-    p.rank = block % a.splits;
-    block /= a.splits;
-  }
+  p.rank = block & (a.splits - 1);
+  block >>= a.split_bits;
   uint32_t tile_x, tile_y;
   block = a.tiles_x.divide(block, tile_x);
   const uint32_t group = a.tiles_y.divide(block, tile_y);
@@ -322,18 +349,31 @@ __device__ __forceinline__ BlockPlace find_place(const BlockArgs& a, int stride)
   return p;
 }
 
+// The chunks [first, last) of this block: the first blocks of a cluster take those that do not divide
+// evenly. Opaque as find_place.
+struct ChunkRange {
+  int rank, first, last;
+
+  __device__ explicit ChunkRange(const BlockArgs& a) {
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(rank));
+    rank &= a.splits - 1;
+    first = rank * a.chunks + min(rank, a.more_chunks);
+    last = first + a.chunks + (rank < a.more_chunks ? 1 : 0);
+  }
+};
+
 // This thread's warp, its lane in it, and that as row g and column pair q of a tile. Opaque as
 // find_place.
 struct Lane {
   int warp, lane, g, q;
 
   __device__ Lane() {
-    int thread;
+    uint32_t thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     warp = thread / 32;
     lane = thread % 32;
-    g = lane / 4;
-    q = lane % 4;
+    g = thread % 32 / 4;
+    q = thread % 4;
   }
 };
 
@@ -451,14 +491,13 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   constexpr int kStride = Shape::kStride, kTiles = Shape::kTiles, kChunk = Shape::kChunk;
   constexpr int kRows = Shape::kRows, kCols = Shape::kCols, kPitch = Shape::kPitch;
   constexpr int kPairs = Shape::kPairs, kOutTiles = Shape::kOutTiles;
-  constexpr bool kExact = Shape::kExact;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t shared0 = shared_address(shared);
   const int threads = blockDim.x, warps = threads / 32;
 
   // 1. Where the tile lies.
   const BlockPlace place = find_place(a, kStride);
-  const int rank = place.rank, images = place.images;
+  const int images = place.images;
   const int64_t image0 = place.image0;
   const int eh = (a.tile_h - 1) * kStride + 3, ew = (a.tile_w - 1) * kStride + 3;
   const int row_bytes = a.row_pixels * kPitch;
@@ -468,12 +507,6 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   const int pixels = images * vh * vw;
   constexpr int kM = 16 * Shape::kPixelTiles;
   const int m_tiles = ceil_div(pixels, kM) * Shape::kPixelTiles;
-  int c_first = 0, c_last = a.chunks;
-  if (a.splits > 1) {
-    c_first = unsigned(a.chunks * rank) / unsigned(a.splits);
-    c_last = unsigned(a.chunks * (rank + 1)) / unsigned(a.splits);
-  }
-
   const uint32_t source = shared0;
   const uint32_t expanded = shared0 + a.expanded_offset;
   const uint32_t table = shared0 + a.table_offset;  // [pixel of the source] its address in e
@@ -481,7 +514,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 
   const auto load_weights = [&](int c) {
     const unsigned char* const from = slice_weights(a) + int64_t(c) * a.blob_bytes;
-    const uint32_t stage = shared0 + a.weights_offset + c % a.stages * a.blob_bytes;
+    const uint32_t stage = shared0 + a.weights_offset + (c & (a.stages - 1)) * a.blob_bytes;
+#pragma unroll 2
     for (int i = threadIdx.x * 16; i < a.blob_bytes; i += threads * 16) {
       copy_async16(stage + i, from + i, true);
     }
@@ -490,8 +524,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   // 2. On their way: weights of the first chunk, and the source. Where its pixels go in e; zeros
   // where e is outside the map, which every chunk leaves alone.
   wait_for_input();
-  start_next();
-  load_weights(c_first);
+  load_weights(ChunkRange(a).first);
   const T* const input = static_cast<const T*>(a.input);
   for (int p = threadIdx.x; p < a.images * eh * ew; p += threads) {
     uint32_t x, line_y;
@@ -599,6 +632,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       load_channels(__nv_bfloat16{});
     }
   } else if (a.k8 > kFewUnits) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < a.images * eh * ew * a.k8; i += threads) {
       uint32_t unit, x, line_y;
       const uint32_t p = a.units.divide(i, unit);
@@ -621,9 +655,10 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   const WarpPlace place_of_warp(a, 2 * kRows, 8 * kCols);
   const uint32_t window =
       expanded +
-      (place_of_warp.image * eh + place_of_warp.row * kStride + threadIdx.x % 32 / 8) * row_bytes +
+      (place_of_warp.image * eh + place_of_warp.row * kStride +
+       DepthwiseColumn<Shape>::lane_row(threadIdx.x % 32)) *
+          row_bytes +
       (place_of_warp.column / kCols + threadIdx.x % 8) * kPitch;
-  const int four_rows = 4 * row_bytes;
   const int odd_bytes = Shape::kSplit ? a.odd * kPitch : 0;
   // Where column k of a lane's window lies.
   const auto column_at = [&](int k) {
@@ -636,14 +671,15 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   };
 
   // Sums start from the bias of the projection.
-  constexpr PackedSizes kSizes = packed_sizes(kChunk, kTiles, kExact);
+  const ChunkRange chunks(a);
+  constexpr PackedSizes kSizes = packed_sizes(kChunk, kTiles);
   float acc[kOutTiles][kTiles][4];
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
     const float* const at =
         reinterpret_cast<const float*>(slice_weights(a) + a.slice_bytes - kTiles * 32) + j * 8 +
         threadIdx.x % 4 * 2;
-    const float2 bias = rank == 0 ? __ldg(reinterpret_cast<const float2*>(at)) : float2{};
+    const float2 bias = chunks.rank == 0 ? __ldg(reinterpret_cast<const float2*>(at)) : float2{};
 #pragma unroll
     for (int t = 0; t < kOutTiles; ++t) {
       acc[t][j][0] = acc[t][j][2] = bias.x;
@@ -651,16 +687,17 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     }
   }
 
-  for (int c = c_first; c < c_last; ++c) {
-    if (a.stages == 1 && c > c_first) {
+#pragma unroll 1
+  for (int c = chunks.first; c < ChunkRange(a).last; ++c) {
+    if (a.stages == 1 && c > ChunkRange(a).first) {
       __syncthreads();  // nobody reads the last chunk's weights any more
       load_weights(c);
       copy_async_commit();
     }
     copy_async_wait<0>();
     __syncthreads();  // weights and source are there; nobody reads e or the other weights any more
-    const uint32_t weights = shared0 + a.weights_offset + c % a.stages * a.blob_bytes;
-    if (a.stages == 2 && c + 1 < c_last) {
+    const uint32_t weights = shared0 + a.weights_offset + (c & (a.stages - 1)) * a.blob_bytes;
+    if (a.stages == 2 && c + 1 < ChunkRange(a).last) {
       load_weights(c + 1);
       copy_async_commit();
     }
@@ -673,7 +710,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     uint32_t one[2];
     asm volatile("mov.b32 %0, %1;"
                  : "=r"(one[0])
-                 : "r"(q == 0 ? (std::is_same_v<T, __half> ? 0x3C00u : 0x3F80u) : 0u));
+                 : "r"(q == 0 ? (std::is_same_v<T, __half> ? 0x3C003C00u : 0x3F803F80u) : 0u));
     asm volatile("mov.b32 %0, %1;" : "=r"(one[1]) : "r"(one[0]));
 
     // 4. Expand.
@@ -721,6 +758,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       }
     } else {
       constexpr int kAtOnce = Shape::kPixelTiles;
+#pragma unroll 1
       for (int t = warp * kAtOnce; t < m_tiles; t += warps * kAtOnce) {
         float e[kAtOnce][2 * kPairs][4];
 #pragma unroll
@@ -762,7 +800,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     // 5. Depthwise and projection, 16 expanded channels at a time. The diagonal matrices: lane (g, q)
     // holds row 2q (low half) and 2q + 1 (high half) of column g, so the lanes with q == g / 2 hold
     // the taps of channel g, in the half that they are packed in.
-    const bool on_diagonal = q == g / 2;
+    const bool on_diagonal = q == g >> 1;
     const uint32_t project_fragments = weights + kSizes.project + lane * 16;
 #pragma unroll 1
     for (int s = 0; s < kPairs; ++s) {
@@ -770,88 +808,38 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int unit = 2 * s + h;
-        // Taps (0,0) (1,0) (2,0) (0,1) | (1,1) (2,1) (0,2) (1,2) | (2,2), bias.
         const uint32_t taps_at = weights + kSizes.depthwise + unit * kSizes.depthwise_unit;
-        if constexpr (kExact) {
-          uint32_t taps[9] = {};
-          if (on_diagonal) {
-            const uint4 w0 = load_shared16(taps_at + g * 16);
-            const uint4 w1 = load_shared16(taps_at + 128 + g * 16);
-            taps[0] = w0.x, taps[1] = w0.y, taps[2] = w0.z, taps[3] = w0.w;
-            taps[4] = w1.x, taps[5] = w1.y, taps[6] = w1.z, taps[7] = w1.w;
-            taps[8] = load_shared4(taps_at + 256 + g * 4);
-          }
-          float v[kCols][kRows][4];
+        uint32_t taps[3][3] = {};  // [column of the window][row]
+        if (on_diagonal) {
+          const uint4 w0 = load_shared16(taps_at + g * 16);
+          const uint4 w1 = load_shared16(taps_at + 128 + g * 16);
+          taps[0][0] = w0.x, taps[0][1] = w0.y, taps[0][2] = w0.z, taps[1][0] = w0.w;
+          taps[1][1] = w1.x, taps[1][2] = w1.y, taps[2][0] = w1.z, taps[2][1] = w1.w;
+          taps[2][2] = load_shared4(taps_at + 256 + g * 4);
+        }
+        float v[kCols][kRows][4];
+#pragma unroll
+        for (int k = 0; k < Shape::kInCols; ++k) {
+          DepthwiseColumn<Shape> column;
+          column.load(window + unit * 16 + column_at(k), row_bytes);
 #pragma unroll
           for (int x = 0; x < kCols; ++x) {
-#pragma unroll
-            for (int y = 0; y < kRows; ++y) load_floats4(v[x][y], taps_at + 288 + q * 16);
-          }
-#pragma unroll
-          for (int k = 0; k < Shape::kInCols; ++k) {
-            uint32_t m[Shape::kInRows];
-            load_column(m, window + unit * 16 + column_at(k), four_rows);
-#pragma unroll
-            for (int x = 0; x < kCols; ++x) {
-              const int j = k - kStride * x;  // column of the window
-              if (j < 0 || j > 2) continue;
-#pragma unroll
-              for (int y = 0; y < kRows; ++y) {
-                const int r0 = kStride * 2 * y, r1 = kStride * (2 * y + 1);
-                mma<T>(v[x][y], {m[r0], m[r1], m[r0 + 1], m[r1 + 1]}, taps[3 * j],
-                       taps[3 * j + 1]);
-                mma_k8<T>(v[x][y], m[r0 + 2], m[r1 + 2], taps[3 * j + 2]);
-              }
-            }
-          }
-#pragma unroll
-          for (int x = 0; x < kCols; ++x) {
+            const int j = k - kStride * x;  // column of the window
+            if (j < 0 || j > 2) continue;
 #pragma unroll
             for (int y = 0; y < kRows; ++y) {
-              d[x * kRows + y][2 * h] = clamp(v[x][y][0], v[x][y][1]);
-              d[x * kRows + y][2 * h + 1] = clamp(v[x][y][2], v[x][y][3]);
-            }
-          }
-        } else {
-          // A register of a matrix holds channels 2q and 2q + 1 of a pixel, so does one of the taps.
-          const uint4 w0 = load_shared16(taps_at + q * 48);
-          const uint4 w1 = load_shared16(taps_at + q * 48 + 16);
-          const uint2 w2 = load_shared8(taps_at + q * 48 + 32);
-          const uint32_t taps[9] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w, w2.x};
-          uint32_t v[kCols][2 * kRows];
-#pragma unroll
-          for (int x = 0; x < kCols; ++x) {
-#pragma unroll
-            for (int r = 0; r < 2 * kRows; ++r) v[x][r] = w2.y;
-          }
-#pragma unroll
-          for (int k = 0; k < Shape::kInCols; ++k) {
-            uint32_t m[Shape::kInRows];
-            load_column(m, window + unit * 16 + column_at(k), four_rows);
-#pragma unroll
-            for (int x = 0; x < kCols; ++x) {
-              const int j = k - kStride * x;  // column of the window
-              if (j < 0 || j > 2) continue;
-#pragma unroll
-              for (int i = 0; i < 3; ++i) {
-#pragma unroll
-                for (int r = 0; r < 2 * kRows; ++r) {
-                  const bool last = i == 2 && j == 2;
-                  v[x][r] = last ? fma_pair_relu(m[kStride * r + i], taps[3 * j + i], v[x][r])
-                                 : fma_pair(m[kStride * r + i], taps[3 * j + i], v[x][r]);
-                }
+              if (j == 0) load_floats4(v[x][y], taps_at + 288 + q * 16);
+              column.template add<T>(v[x][y], y, taps[j]);
+              if (j == 2) {
+                d[x * kRows + y][2 * h] = clamp(v[x][y][0], v[x][y][1]);
+                d[x * kRows + y][2 * h + 1] = clamp(v[x][y][2], v[x][y][3]);
               }
-            }
-          }
-#pragma unroll
-          for (int x = 0; x < kCols; ++x) {
-#pragma unroll
-            for (int r = 0; r < 2 * kRows; ++r) {
-              d[x * kRows + r / 2][2 * h + r % 2] = clamp.upper(v[x][r]);
             }
           }
         }
       }
+      // Keeps the compiler from loading these operands early, for want of registers.
+      if (kCols > 1) __syncwarp();
 #pragma unroll
       for (int j = 0; j + 2 <= kTiles; j += 2) {
         const uint4 b = load_shared16(project_fragments + s * kTiles * 256 + j * 256);
@@ -870,6 +858,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     }
   }
 
+  start_next();
+
   // 6. Output. Groups of 4, 2 and 1 tiles: a lane has 8, 4 or 2 consecutive channels of each.
   constexpr int kGroups = ceil_div(kTiles, 4);
   const BlockPlace here = find_place(a, kStride);
@@ -885,7 +875,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 
   const auto write = [&](int x, int y, int half, int j, auto size, const auto& value) {
     constexpr int kGroup = decltype(size)::value;  // tiles
-    const int oy = oy0 + 2 * y + half, ox = ox0 + x;
+    const int oy = oy0 + output_row<kRows>(y, half), ox = ox0 + x;
     const int channel = j * 8 + q * 2 * kGroup;
     if (warp_image >= here.images || oy >= a.out_h || ox >= a.out_w ||
         channel0 + channel >= a.out_channels) {
@@ -973,7 +963,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   for (int t = 0; t < kOutTiles; ++t) {
 #pragma unroll
     for (int j0 = 0; j0 < kTiles; j0 += 4) {
-      if ((t * kGroups + j0 / 4) % a.splits != here.rank) continue;
+      if (((t * kGroups + j0 / 4) & (a.splits - 1)) != here.rank) continue;
       constexpr int kMost = kTiles < 4 ? kTiles : 4;
       float4 sum[kMost] = {};
 #pragma unroll 2
@@ -1009,7 +999,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       for (int half = 0; half < 2; ++half) {
         const int t = x * kRows + y;
         write_groups(
-            x, y, half, [&](int j4) { return (t * kGroups + j4) % a.splits == here.rank; },
+            x, y, half, [&](int j4) { return ((t * kGroups + j4) & (a.splits - 1)) == here.rank; },
             [&](int j, int k) { return acc[t][j][2 * half + k]; });
       }
     }
@@ -1019,7 +1009,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 
 template <typename T, int kIndex>
 cudaError_t launch_instance(const BlockArgs& a, const BlockLaunch& launch) {
-  const auto kernel = inverted_residual_kernel<T, BlockShape<kIndex, !std::is_same_v<T, __half>>>;
+  const auto kernel = inverted_residual_kernel<T, BlockShape<kIndex>>;
   // Once a device and instance; a race only sets it twice.
   static uint64_t prepared = 0;
   int device = 0;

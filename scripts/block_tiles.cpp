@@ -1,14 +1,13 @@
 // Prints which tile an inverted residual is cut into, and all that were considered. No GPU needed:
 //
 //   c++ -std=c++20 -Icsrc scripts/block_tiles.cpp -o block_tiles
-//   ./block_tiles BATCH HEIGHT WIDTH IN EXPANDED OUT STRIDE [float16|bfloat16]
+//   ./block_tiles BATCH HEIGHT WIDTH IN EXPANDED OUT STRIDE
 //
 // HEIGHT, WIDTH: of the input; IN: its channels, 0 where there is no expansion. The padding is 1.
 // Environment: MULTIPROCESSORS (132), SHARED bytes of a block (232448), CLUSTERS (1): the GPU.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 
 #include "block_tiles.h"
 
@@ -33,8 +32,8 @@ void print(const char* word, const BlockTile& t) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 8 && argc != 9) {
-    std::fprintf(stderr, "block_tiles: BATCH HEIGHT WIDTH IN EXPANDED OUT STRIDE [DTYPE]\n");
+  if (argc != 8) {
+    std::fprintf(stderr, "block_tiles: BATCH HEIGHT WIDTH IN EXPANDED OUT STRIDE\n");
     return 2;
   }
   BlockProblem p{};
@@ -47,7 +46,6 @@ int main(int argc, char** argv) {
   p.stride = std::atoi(argv[7]);
   p.out_h = (p.e_h - 1) / p.stride + 1;
   p.out_w = (p.e_w - 1) / p.stride + 1;
-  p.exact = argc == 9 && std::strcmp(argv[8], "float16") != 0;
   const int shared = setting("SHARED", 232448);
   const BlockDevice device = {setting("MULTIPROCESSORS", 132), shared, shared + 1024,
                               setting("CLUSTERS", 1) != 0};
@@ -60,7 +58,7 @@ int main(int argc, char** argv) {
   const int steps = p.source_channels == 0 ? 0 : expand_steps(p.image, p.source_channels);
   const int chunks = (p.expanded + layout.chunk - 1) / layout.chunk;
   const int bytes = output_slices(p.out_channels) *
-                    (chunks * packed_chunk_bytes(layout.chunk, layout.tiles, steps, p.exact) +
+                    (chunks * packed_chunk_bytes(layout.chunk, layout.tiles, steps) +
                      layout.tiles * 32);
   std::printf("layout     tiles=%d chunk=%d bytes=%d\n", layout.tiles, layout.chunk, bytes);
   BlockTile best{};

@@ -293,7 +293,13 @@ def packed(fast: nn.Module) -> list[torch.Tensor | None]:
     found = []
     for block in fast.modules():
         if isinstance(block, modules.FusedInvertedResidual | modules.FusedStemBlock):
-            expected = getattr(packing, f"pack_{block.kind}")(*block._parameters.values())
+            expected = getattr(packing, f"pack_{block.kind}")(*block._tensors())
+            for name, exact in block.exact_biases.items():  # of which the parameters are roundings
+                bias = block._parameters[name]
+                assert (exact is None) == (bias is None)
+                if exact is not None:
+                    assert exact.dtype == torch.float32
+                    torch.testing.assert_close(bias.float(), exact, rtol=2**-7, atol=1e-6)
             assert (block.packed is None) == (expected is None)
             assert expected is None or torch.equal(block.packed, expected)
             found.append(block.packed)

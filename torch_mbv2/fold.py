@@ -19,7 +19,9 @@ def fold_batch_norm(
         norm: over Cout channels, with running statistics.
 
     Returns:
-        weight of the same shape and bias (Cout,), both of the dtype of `weight`.
+        weight of the same shape and dtype, and bias (Cout,) in float32 (float64 for a float64
+        weight): what rounding a bias to half precision costs is the same for all pixels and so does
+        not average out.
     """
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("fold_batch_norm: norm must have running statistics")
@@ -34,7 +36,8 @@ def fold_batch_norm(
         if norm.bias is not None:
             shift = shift + norm.bias.double()
         folded = weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))
-        return folded.to(weight.dtype), shift.to(weight.dtype)
+        bias_dtype = torch.promote_types(weight.dtype, torch.float32)
+        return folded.to(weight.dtype), shift.to(bias_dtype)
 
 
 def pack_conv_weight(weight: Tensor) -> Tensor:

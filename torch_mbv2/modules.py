@@ -90,7 +90,9 @@ class FusedConv2d(Swapped):
     ) -> None:
         super().__init__(stock)
         self.weight = nn.Parameter(fold.pack_conv_weight(weight), requires_grad=False)
-        self.bias = _frozen(bias)
+        self.bias = None if bias is None else _frozen(bias.to(weight.dtype))
+        #: the bias in float32, as blocks that this is a part of use it
+        self.__dict__["exact_bias"] = None if bias is None else bias.detach().float()
         self.in_channels = stock.in_channels
         self.out_channels = stock.out_channels
         self.kernel_size = tuple(stock.kernel_size)
@@ -127,6 +129,16 @@ class FusedConv2d(Swapped):
         own = conv_padding(conv)
         padding = None if same else [a + b for a, b in zip(own, extra_padding, strict=True)]
         return cls(conv, weight, bias, padding, act_min, act_max)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Swapped:
+        super()._apply(fn, recurse)
+        if self.exact_bias is not None:
+            self.__dict__["exact_bias"] = self.exact_bias.to(self.weight.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.__dict__["exact_bias"] = None if self.bias is None else self.bias.detach().float()
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -394,20 +406,25 @@ class _FusedBlock(Swapped):
     Args:
         stock: the module replaced, if any.
         parameters: by name, in the order in which the op takes them.
+        exact_biases: the biases among them in float32, by name.
     """
 
     packed: Tensor | None
+    #: the biases in float32, as the kernel reads them, by name
+    exact_biases: dict[str, Tensor | None]
 
     def __init__(
         self,
         stock: nn.Module | None,
         parameters: Mapping[str, nn.Parameter | None],
+        exact_biases: Mapping[str, Tensor | None],
         act_min: float | None,
         act_max: float | None,
     ) -> None:
         super().__init__(stock)
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
+        self.__dict__["exact_biases"] = dict(exact_biases)
         self.act_min = act_min
         self.act_max = act_max
         self.register_buffer("packed", self._pack(), persistent=False)
@@ -417,12 +434,24 @@ class _FusedBlock(Swapped):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Swapped:
         super()._apply(fn, recurse)
+        device = next(self.parameters()).device
+        for name, bias in self.exact_biases.items():
+            self.exact_biases[name] = None if bias is None else bias.to(device)
         self.packed = self._pack()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        for name in self.exact_biases:
+            bias = self._parameters[name]
+            self.exact_biases[name] = None if bias is None else bias.detach().float()
         self.packed = self._pack()
+
+    def _tensors(self) -> list[Tensor | None]:
+        """The weights, and the biases in float32, in the order in which the op takes them."""
+        return [
+            self.exact_biases.get(name, parameter) for name, parameter in self._parameters.items()
+        ]
 
     def _parameters_repr(self) -> str:
         biases = [name for name in self._parameters if name.endswith("bias")]
@@ -442,13 +471,14 @@ class FusedInvertedResidual(_FusedBlock):
         self,
         stock: nn.Module | None,
         parameters: Mapping[str, nn.Parameter | None],
+        exact_biases: Mapping[str, Tensor | None],
         stride: Sequence[int],
         padding: Sequence[int] | None,
         residual: bool,
         act_min: float | None,
         act_max: float | None,
     ) -> None:
-        super().__init__(stock, parameters, act_min, act_max)
+        super().__init__(stock, parameters, exact_biases, act_min, act_max)
         self.out_channels, self.hidden_channels = self.project_weight.shape[:2]
         expands = self.expand_weight is not None
         self.in_channels = self.expand_weight.shape[1] if expands else self.hidden_channels
@@ -476,17 +506,15 @@ class FusedInvertedResidual(_FusedBlock):
             residual: whether the block's input is added.
             stock: the module that the block replaces, if any.
         """
-        parameters = {
-            "expand_weight": None if expand is None else expand.weight,
-            "expand_bias": None if expand is None else expand.bias,
-            "depthwise_weight": depthwise.weight,
-            "depthwise_bias": depthwise.bias,
-            "project_weight": project.weight,
-            "project_bias": project.bias,
-        }
+        pieces = {"expand": expand, "depthwise": depthwise, "project": project}
+        parameters: dict[str, nn.Parameter | None] = {}
+        for name, piece in pieces.items():
+            parameters[f"{name}_weight"] = None if piece is None else piece.weight
+            parameters[f"{name}_bias"] = None if piece is None else piece.bias
         return cls(
             stock,
             parameters,
+            {f"{n}_bias": None if p is None else p.exact_bias for n, p in pieces.items()},
             depthwise.stride,
             depthwise.padding,
             residual,
@@ -495,7 +523,7 @@ class FusedInvertedResidual(_FusedBlock):
         )
 
     def _pack(self) -> Tensor | None:
-        return packing.pack_inverted_residual(*self._parameters.values())
+        return packing.pack_inverted_residual(*self._tensors())
 
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
@@ -543,13 +571,14 @@ class FusedStemBlock(_FusedBlock):
         self,
         stock: nn.Module | None,
         parameters: Mapping[str, nn.Parameter | None],
+        exact_biases: Mapping[str, Tensor | None],
         stem_stride: Sequence[int],
         stem_padding: Sequence[int] | None,
         padding: Sequence[int],
         act_min: float | None,
         act_max: float | None,
     ) -> None:
-        super().__init__(stock, parameters, act_min, act_max)
+        super().__init__(stock, parameters, exact_biases, act_min, act_max)
         self.hidden_channels, self.in_channels = self.stem_weight.shape[:2]
         self.out_channels = self.project_weight.shape[0]
         self.stem_kernel_size = tuple(self.stem_weight.shape[2:])
@@ -581,9 +610,11 @@ class FusedStemBlock(_FusedBlock):
         padding = block.padding
         if padding is None:
             padding = _sides_of(block.kernel_size, (1, 1))  # at stride 1 for any size
+        exact = {name: bias for name, bias in block.exact_biases.items() if name in parameters}
         return cls(
             stock,
             parameters,
+            {"stem_bias": stem.exact_bias, **exact},
             stem.stride,
             stem.padding,
             padding,
@@ -592,7 +623,7 @@ class FusedStemBlock(_FusedBlock):
         )
 
     def _pack(self) -> Tensor | None:
-        return packing.pack_stem_block(*self._parameters.values())
+        return packing.pack_stem_block(*self._tensors())
 
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()

@@ -142,6 +142,12 @@ def _pack(
             out[tuple(slice(size) for size in x.shape)] = x
         return out
 
+    def padded_bias(x: Tensor | None, size: int) -> Tensor:
+        out = project.new_zeros(size, dtype=torch.float32)
+        if x is not None:
+            out[: len(x)] = x
+        return out
+
     outputs = slices * tiles * 8
     project = padded(project.flatten(1), outputs, chunks * chunk)
     # (slice, output channel, chunk, expanded channel), output channels in the order of columns
@@ -151,8 +157,8 @@ def _pack(
     columns = _columns(chunk // 8)
     taps = padded(depthwise[:, 0], chunks * chunk, 3, 3)
     parts = [
-        _depthwise(taps, padded(depthwise_bias, chunks * chunk), chunks),
-        _bias_row(padded(expand_bias, chunks * chunk).view(chunks, chunk)[:, columns]),
+        _depthwise(taps, padded_bias(depthwise_bias, chunks * chunk), chunks),
+        _bias_rows(padded_bias(expand_bias, chunks * chunk).view(chunks, chunk)[:, columns], dtype),
     ]
     if expand is not None:
         depth = math.ceil(expand.shape[1] / 16) * 16
@@ -160,17 +166,12 @@ def _pack(
         parts.append(_words(_fragments(matrix[:, columns])))
     common = torch.cat(parts, 1)
     blobs = torch.cat([_words(project_parts), common.expand(slices, *common.shape)], 2)
-    bias = padded(project_bias, outputs).view(slices, tiles * 8)[:, _columns(tiles)].float()
+    bias = padded_bias(project_bias, outputs).view(slices, tiles * 8)[:, _columns(tiles)]
     return torch.cat([blobs.flatten(1), _words(bias)], 1).flatten().view(dtype)
 
 
 def _depthwise(taps: Tensor, bias: Tensor, chunks: int) -> Tensor:
     """The depthwise part of each chunk, (chunks, 16-bit words). taps: (E, 3, 3); bias: (E,)."""
-    if taps.dtype == torch.float16:
-        # [unit][q][tap or bias][channel 2q, 2q + 1]
-        rows = [*(taps[:, i, j] for i, j in _TAPS), bias, *[torch.zeros_like(bias)] * 2]
-        pairs = torch.stack(rows, 1).view(chunks, -1, 2, len(rows))
-        return _words(pairs.transpose(2, 3).flatten(1))
     # Entries of diagonal matrices: [unit][channel][tap][half of the register]
     entries = torch.stack([taps[:, i, j] for i, j in _TAPS], 1).view(chunks, -1, 8, 9)
     words = entries.new_zeros(*entries.shape, 2)
@@ -183,18 +184,21 @@ def _depthwise(taps: Tensor, bias: Tensor, chunks: int) -> Tensor:
     return torch.cat([*units, biases], 2).flatten(1)
 
 
-def _bias_row(bias: Tensor) -> Tensor:
-    """Biases of columns, (chunks, columns), as right operands of mma.m16n8k8 whose first row they
-    are: (chunks, 16-bit words), [n tile][lane][2]."""
-    rows = bias.new_zeros(*bias.shape, 4, 2)  # lane = 4 * column + q holds rows 2q and 2q + 1
-    rows[:, :, 0, 0] = bias
+def _bias_rows(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Biases of columns, (chunks, columns) of float32, as right operands of mma.m16n8k8: the first
+    row is the biases in `dtype`, the second what that lost of them. (chunks, 16-bit words)."""
+    rounded = bias.to(dtype)
+    # lane = 4 * column + q holds rows 2q and 2q + 1
+    rows = rounded.new_zeros(*bias.shape, 4, 2)
+    rows[:, :, 0, 0] = rounded
+    rows[:, :, 0, 1] = (bias - rounded.float()).to(dtype)
     return _words(rows.flatten(1))
 
 
 def _repeated(bias: Tensor) -> Tensor:
     """Biases of channels, (chunks, channels), as accumulators start: float32, and for each pair of
     columns twice, for rows g and g + 8. Returns (chunks, 16-bit words)."""
-    pairs = bias.float().view(len(bias), -1, 1, 2)
+    pairs = bias.view(len(bias), -1, 1, 2)
     return _words(pairs.expand(-1, -1, 2, -1).flatten(1))
 
 
@@ -204,8 +208,8 @@ def _words(x: Tensor) -> Tensor:
 
 
 def _columns(tiles: int) -> list[int]:
-    """The channel of each column of `tiles` n tiles of 8: such that a lane, whose columns are 2q and
-    2q + 1 of every tile, has 8 consecutive channels in 4 tiles, or 4 in 2."""
+    """The channel of each column of `tiles` n tiles of 8: such that a lane, whose columns are 2q
+    and 2q + 1 of every tile, has 8 consecutive channels in 4 tiles, or 4 in 2."""
     order = []
     first = 0
     while first < tiles:

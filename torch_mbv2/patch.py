@@ -1182,7 +1182,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
                 continue
             weight, bias = fold.fold_batch_norm(conv.weight, conv.bias, parts[0])
             conv.weight = nn.Parameter(weight, requires_grad=False)
-            conv.bias = nn.Parameter(bias, requires_grad=False)
+            conv.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
             _set_submodule(root, str(follower.target), parts[1] or nn.Identity())
     return model
 
