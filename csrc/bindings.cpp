@@ -592,13 +592,16 @@ void check_packed(const char* op, const std::optional<Tensor>& packed, const Ten
 }
 
 // Whether the fused kernel takes a block with these packed weights.
-bool is_fused(const char* op, const InvertedResidualParams& p, const std::optional<Tensor>& packed) {
+bool is_fused(const char* op, const InvertedResidualParams& p,
+              const std::optional<Tensor>& packed) {
   if (!packed || p.act.lo != 0) return false;
   const int64_t bytes = inverted_residual_packed_bytes(p);
   if (bytes < 0) return false;
   if (packed->numel() * 2 != bytes) {
-    fail(op, "packed must have shape (", bytes / 2, ",) for these weights, as torch_mbv2.packing "
-         "makes it, got ", shape(*packed));
+    fail(op, "packed must have shape (", bytes / 2,
+         ",) for these weights, as torch_mbv2.packing "
+         "makes it, got ",
+         shape(*packed));
   }
   const bool aligned = reinterpret_cast<uintptr_t>(packed->data_ptr()) % 16 == 0;
   return packed->is_contiguous() && aligned && inverted_residual_fits(p);
@@ -696,7 +699,8 @@ Tensor inverted_residual(Tensor input, std::optional<Tensor> expand_weight,
   if (expand_weight) {
     y = conv2d(y, *expand_weight, expand_bias, ones, none, ones, 1, act_min, act_max);
   }
-  y = conv2d(y, depthwise_weight, depthwise_bias, stride, padding, ones, expanded, act_min, act_max);
+  y = conv2d(y, depthwise_weight, depthwise_bias, stride, padding, ones, expanded, act_min,
+             act_max);
   y = conv2d(y, project_weight, project_bias, ones, none, ones, 1, std::nullopt, std::nullopt);
   return residual ? add(input, y, std::nullopt, std::nullopt) : y;
 }

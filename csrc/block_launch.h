@@ -15,16 +15,16 @@ struct BlockArgs {
   int height, width;  // of the input or image
   int e_h, e_w;       // of the expanded map
   int out_h, out_w, in_channels, out_channels;
-  int pad_top, pad_left;  // of the depthwise convolution
-  int k8;                 // 16-byte units of a source pixel in shared memory; 0: no expansion
+  int pad_top, pad_left;    // of the depthwise convolution
+  int k8;                   // 16-byte units of a source pixel in shared memory; 0: no expansion
   int chunks, more_chunks;  // of a block; the first `more_chunks` blocks of a cluster have one more
   int tile_h, tile_w, images;
   Divider warps_x, warps_y, tiles_x, tiles_y, units, halo_width, halo_height, image_pairs;
-  int row_pixels;  // of a row of e, with what separates its even and odd pixels
-  int odd;         // where its odd pixels start, if they are apart
+  int row_pixels;          // of a row of e, with what separates its even and odd pixels
+  int odd;                 // where its odd pixels start, if they are apart
   int splits, split_bits;  // a power of 2, its logarithm
-  int stages;      // chunks whose weights are in shared memory: 2, or 1
-  int blob_bytes;  // of a chunk's weights
+  int stages;              // chunks whose weights are in shared memory: 2, or 1
+  int blob_bytes;          // of a chunk's weights
   int64_t slice_bytes;
   int weights_offset, expanded_offset, table_offset;  // in shared memory
   bool residual;

@@ -1,5 +1,5 @@
-// Which kernel instance and which tile an inverted residual runs on: pure host functions with a cost
-// model, no CUDA needed.
+// Which kernel instance and which tile an inverted residual runs on: pure host functions with a
+// cost model, no CUDA needed.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,8 @@ constexpr int kMaxBlockTiles = 40;  // of 8 output channels; more are made by se
 struct PackedSizes {
   int project;      // [k step of 16][n tile] fragments
   int depthwise;    // [unit of 8 channels]
-  int expand_bias;  // [n tile][lane] the fragment for 8 of k: the bias, what rounding lost of it, zeros
+  int expand_bias;  // [n tile][lane] the fragment for 8 of k: the bias, what rounding lost of it,
+                    // zeros
   int fixed;        // end of the above; here start the fragments of the expansion,
                     // [k step of 16][pair of n tiles]
   // A unit of the depthwise convolution, in bytes: [channel][4 taps], [channel][4 taps],
@@ -146,7 +147,7 @@ struct BlockTile {
   int tile_h, tile_w;
   int tiles_y, tiles_x;
   int chunks;
-  int stages;            // of weights in shared memory: 2, or 1 where there is no room for more
+  int stages;           // of weights in shared memory: 2, or 1 where there is no room for more
   int row_pixels, odd;  // of a row of e; see BlockArgs
   int weights_offset, expanded_offset, table_offset, image_pitch;
   int shared_bytes;
@@ -187,9 +188,9 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   const int rows = up(pixels, 16 * k.pixel_tiles);
   t.image_pitch = k.image ? (2 * ew + 2) * 8 : 0;
   const int units = p.source_channels == 0 ? 0 : source_units(k, p.source_channels);
-  const int source_bytes = k.image         ? t.images * (2 * eh + 1) * t.image_pitch
+  const int source_bytes = k.image      ? t.images * (2 * eh + 1) * t.image_pitch
                            : units == 0 ? 0
-                                           : rows * (units | 1) * 16;
+                                        : rows * (units | 1) * 16;
   const int blob = packed_chunk_bytes(k.chunk, k.tiles, steps);
   t.weights_offset = up(source_bytes, 128);
   for (t.stages = 2; t.stages > 0; --t.stages) {
@@ -212,13 +213,13 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   const double e_tiles = rows / 16.0;
   const double streamed = k.resident ? 0.0 : double(steps * pairs) / k.pixel_tiles;
   const double again = k.resident ? 0.0 : 2.0 * pairs;
-  const double fronts =
-      e_tiles * (steps * 4 + 4 * streamed + again + pairs * 5 + 2) +
-      double(warps) * pairs * (2 * (in_cols * in_rows + 10) + 2 * k.tiles);
+  const double fronts = e_tiles * (steps * 4 + 4 * streamed + again + pairs * 5 + 2) +
+                        double(warps) * pairs * (2 * (in_cols * in_rows + 10) + 2 * k.tiles);
   const double instructions =
       e_tiles * (steps * (1 + 2 * pairs) + streamed + again + pairs * 12 + 10) +
-      double(warps) * pairs * (2 * (4 + in_cols * ((in_rows + 3) / 4) + out_tiles * 20) +
-                               k.tiles * (0.5 + out_tiles) + 8);
+      double(warps) * pairs *
+          (2 * (4 + in_cols * ((in_rows + 3) / 4) + out_tiles * 20) + k.tiles * (0.5 + out_tiles) +
+           8);
   const double memory = 0.48 * fronts, issue = 0.51 * instructions;
   const double chunk = std::max(memory, issue) + 0.62 * std::min(memory, issue);
   // A chunk cannot take less than its busiest warp's chain of dependent steps.
@@ -231,8 +232,8 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
                        (t.splits > 1 ? 29.0 * warps * out_tiles * k.tiles : 0.0);
   const double throughput = my_chunks * chunk + edges;
   const double waits = t.stages == 1 ? 1500.0 : 0.0;  // for weights
-  const double latency = my_chunks * (std::max(chain, chunk) + waits) + edges + 4900 +
-                         (t.splits > 1 ? 3000 : 0);
+  const double latency =
+      my_chunks * (std::max(chain, chunk) + waits) + edges + 4900 + (t.splits > 1 ? 3000 : 0);
   // Blocks at a time on a multiprocessor: 64 K registers in four parts, shared memory.
   const int registers = (65536 / (k.min_blocks * k.warps * 32)) / 8 * 8;
   const int by_registers = 16384 / (registers * 32) * 4 / warps;
@@ -245,8 +246,8 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
                         t.splits * output_slices(p.out_channels);
   const double rounds = std::max(1.0, std::ceil(blocks / multiprocessors));
   const double together = std::min<double>(resident, rounds);
-  t.clocks = std::cbrt(std::pow(together * throughput, 3) + std::pow(latency, 3)) * rounds /
-             together;
+  t.clocks =
+      std::cbrt(std::pow(together * throughput, 3) + std::pow(latency, 3)) * rounds / together;
   return true;
 }
 

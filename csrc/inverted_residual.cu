@@ -1,6 +1,4 @@
 // inverted_residual of kernels.h: the choice of an instance and a tile, made once for each problem.
-#include <cstdlib>
-#include <cstdio>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -8,17 +6,12 @@
 
 #include "block_launch.h"
 
-#ifdef TORCH_MBV2_TUNING
-#define kNoOverlap (std::getenv("TORCH_MBV2_NO_PDL") != nullptr)
-#else
-#define kNoOverlap false
-#endif
 namespace torch_mbv2 {
 namespace {
 
 BlockProblem problem_of(const InvertedResidualParams& p) {
-  return {p.batch,    p.expanded_h, p.expanded_w,   p.out_h,  p.out_w, p.expands ? p.in_channels : 0,
-          p.expanded, p.out_channels, p.stride, p.stem};
+  return {p.batch,    p.expanded_h,   p.expanded_w, p.out_h, p.out_w, p.expands ? p.in_channels : 0,
+          p.expanded, p.out_channels, p.stride,     p.stem};
 }
 
 bool layout_of(const InvertedResidualParams& p, BlockLayout& layout) {
@@ -50,9 +43,6 @@ Choice choose(const InvertedResidualParams& p) {
   static std::map<std::remove_const_t<decltype(key)>, Choice> choices;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = choices.find(key);
-#ifdef TORCH_MBV2_TUNING
-  if (std::getenv("TORCH_MBV2_BLOCK_TILE") == nullptr)
-#endif
   if (found != choices.end()) return found->second;
   BlockDevice limits{};
   int major = 0;
@@ -65,17 +55,6 @@ Choice choose(const InvertedResidualParams& p) {
   Choice choice{};
   choice.hopper = limits.clusters;
   choice.fits = choose_block_tile(problem, limits, choice.tile);
-#ifdef TORCH_MBV2_TUNING
-  if (const char* forced = std::getenv("TORCH_MBV2_BLOCK_TILE")) {
-    BlockTile t{};
-    if (std::sscanf(forced, "%d,%d,%d,%d,%d", &t.kernel, &t.warps_x, &t.warps_y, &t.images,
-                    &t.splits) == 5) {
-      choice.fits = block_detail::complete(problem, limits, t);
-      choice.tile = t;
-    }
-    return choice;
-  }
-#endif
   // Batches of any size come and go; what they would fill memory with is soon chosen again.
   if (choices.size() >= 4096) choices.clear();
   choices[key] = choice;
@@ -159,14 +138,16 @@ cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stre
       ceil_div(p.batch, int64_t(t.images)), blocks_per_image, [&](int64_t first, int64_t groups) {
         const int64_t image = first * t.images;
         const int size = p.stem && p.image_dtype == DType::kFloat32 ? 4 : 2;
-        a.input = static_cast<const char*>(p.input) +
-                  image * a.image_step * size;
+        a.input = static_cast<const char*>(p.input) + image * a.image_step * size;
         a.output = static_cast<char*>(p.output) + image * image_out * 2;
         a.batch = p.batch - image;
-        const BlockLaunch launch = {unsigned(groups * blocks_per_image), unsigned(slices),
+        const BlockLaunch launch = {unsigned(groups * blocks_per_image),
+                                    unsigned(slices),
                                     unsigned(32 * t.warps_x * t.warps_y * t.images),
-                                    unsigned(t.splits), choice.hopper && !kNoOverlap,
-                                    size_t(t.shared_bytes), stream};
+                                    unsigned(t.splits),
+                                    choice.hopper,
+                                    size_t(t.shared_bytes),
+                                    stream};
         return p.dtype == DType::kFloat16 ? launch_block_f16(t.kernel, a, launch)
                                           : launch_block_bf16(t.kernel, a, launch);
       });

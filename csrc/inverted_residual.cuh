@@ -21,21 +21,24 @@
 // Each chunk: (1) all warps share the expansion of the tile with its halo, 16 pixels at a time;
 // (2) every warp convolves its own pixels depthwise and projects them. The depthwise convolution
 // runs on the tensor cores as well, as a product with diagonal matrices: two taps of 8 channels
-// are the 16 of k. That is 1/8 of their rate, but exact sums in float32 at the price of 5
-// instructions for 16 pixels x 8 channels, where FFMA takes 36 and 64 conversions; the windows come
+// are the 16 of k. That is 1/8 of their rate, but exact sums in float32 at the price of 6
+// instructions for 16 pixels x 8 channels, where FFMA takes 36 and 64 conversions (sums in float16,
+// by HFMA2, are 8 % faster for the whole network, but double its error); the windows come
 // by ldmatrix, a row is read once for all its taps, and the result is, after clamping and packing,
 // the A operand of the projection.
 //
 // Shared memory, in this order: the source of the tile with its halo (for the expansion and the
-// residual); weights of two chunks, or of one where there is no room; e (a pixel is kChunk * 2 + 16 bytes, an odd number of 16-byte
-// units, so that ldmatrix finds 8 neighbours in different banks; where a lane makes pixels of every
-// second column, a row holds its even pixels first, then the odd ones); where each pixel of the
-// source goes in e. At the end the partial sums of a cluster's blocks overlay all but the source.
+// residual); weights of two chunks, or of one where there is no room; e (a pixel is kChunk * 2 + 16
+// bytes, an odd number of 16-byte units, so that ldmatrix finds 8 neighbours in different banks;
+// where a lane makes pixels of every second column, a row holds its even pixels first, then the odd
+// ones); where each pixel of the source goes in e. At the end the partial sums of a cluster's
+// blocks overlay all but the source.
 //
 // Bound: tensor cores and shared-memory bandwidth at about equal parts; device memory only sees
 // input, output and the weights (from L2).
 #pragma once
 
+#include <atomic>
 #include <utility>
 
 #include "block_launch.h"
@@ -55,7 +58,9 @@ __device__ __forceinline__ void load_matrices_n(uint32_t* r, uint32_t address) {
                  : "r"(address));
   } else {
     static_assert(kMatrices == 1);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(address));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(r[0])
+                 : "r"(address));
   }
 }
 
@@ -77,11 +82,10 @@ __device__ __forceinline__ void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, 
   }
 }
 
-// The bias as a product: 8 of k of which the first two are 1 in every pixel, times the rounded biases
-// and what rounding lost of them; c = it.
+// The bias as a product: 8 of k of which the first two are 1 in every pixel, times the rounded
+// biases and what rounding lost of them; c = it.
 template <typename T>
-__device__ __forceinline__ void mma_bias(float (&c)[4], const uint32_t (&one)[2],
-                                         uint32_t bias) {
+__device__ __forceinline__ void mma_bias(float (&c)[4], const uint32_t (&one)[2], uint32_t bias) {
   if constexpr (std::is_same_v<T, __half>) {
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
@@ -177,8 +181,8 @@ struct PairOf<__nv_bfloat16> {
   using type = __nv_bfloat162;
 };
 
-// max(0, min(x, hi)) on packed pairs: rounding keeps order, so clamping the rounded value between the
-// rounded bounds is rounding the clamped one.
+// max(0, min(x, hi)) on packed pairs: rounding keeps order, so clamping the rounded value between
+// the rounded bounds is rounding the clamped one.
 template <typename T>
 struct PackedClamp {
   using Pair = typename PairOf<T>::type;
@@ -216,7 +220,9 @@ __device__ __forceinline__ float4 load_cluster(uint32_t address, int rank) {
   return v;
 }
 // The kernel before this one in the stream has finished, and what it wrote is there.
-__device__ __forceinline__ void wait_for_input() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_input() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
 // The next kernel in the stream may start, up to its wait_for_input.
 __device__ __forceinline__ void start_next() { asm volatile("griddepcontrol.launch_dependents;"); }
 #else  // never launched with splits or before the kernel before it has finished there
@@ -236,21 +242,22 @@ struct BlockShape {
   static constexpr bool kImage = kKernel.image, kResident = kKernel.resident;
   static constexpr int kMaxThreads = 32 * kKernel.warps;
   static constexpr int kMinBlocks = kKernel.min_blocks;
-  static constexpr int kPitch = kChunk * 2 + 16;  // bytes of a pixel of e
-  static constexpr int kPairs = kChunk / 16;      // pairs of 8 expanded channels
-  static constexpr int kResidentSteps = kImage ? 3 : 2;  // of 16 source channels
-  static constexpr int kInCols = kStride * (kCols - 1) + 3;      // that a lane reads
+  static constexpr int kPitch = kChunk * 2 + 16;             // bytes of a pixel of e
+  static constexpr int kPairs = kChunk / 16;                 // pairs of 8 expanded channels
+  static constexpr int kResidentSteps = kImage ? 3 : 2;      // of 16 source channels
+  static constexpr int kInCols = kStride * (kCols - 1) + 3;  // that a lane reads
   // Whether a row of e holds its even pixels first, so that 8 lanes find 8 neighbours.
   static constexpr bool kSplit = kStride * kCols > 1;
-  static constexpr int kOutTiles = kRows * kCols;                // of 16 pixels, of a warp
+  static constexpr int kOutTiles = kRows * kCols;  // of 16 pixels, of a warp
   static_assert(kChunk % 16 == 0 && (kPitch / 16) % 2 == 1);
   static_assert(!kImage || (kResident && kStride == 1));
   static_assert(kPixelTiles == 1 || !kResident);
   static_assert(kStride * kCols <= 2);
 };
 
-// Row i of a group of rows of output that tile t of a warp has in its rows g (half 0) and g + 8 (half
-// 1). Rows are paired so that what the windows of a pair read are whole operands, without copies.
+// Row i of a group of rows of output that tile t of a warp has in its rows g (half 0) and g + 8
+// (half 1). Rows are paired so that what the windows of a pair read are whole operands, without
+// copies.
 template <int kRows>
 __device__ __forceinline__ constexpr int output_row(int t, int half) {
   return kRows == 1 ? half : t / 2 * 4 + t % 2 + 2 * half;
@@ -303,7 +310,7 @@ struct DepthwiseColumn {
         mma_k8<T>(c, q0[2], q0[3], taps[0]);
       }
     } else if constexpr (kRows == 1) {
-      mma<T>(c, q0, taps[0], taps[1]);  // rows 0 2 | 1 3
+      mma<T>(c, q0, taps[0], taps[1]);    // rows 0 2 | 1 3
       mma_k8<T>(c, p[0], p[1], taps[2]);  // rows 2 4
     } else {
       mma<T>(c, t % 2 == 0 ? q0 : q1, taps[0], taps[1]);  // rows 0 4 | 1 5 and 2 6 | 3 7
@@ -349,8 +356,8 @@ __device__ __forceinline__ BlockPlace find_place(const BlockArgs& a, int stride)
   return p;
 }
 
-// The chunks [first, last) of this block: the first blocks of a cluster take those that do not divide
-// evenly. Opaque as find_place.
+// The chunks [first, last) of this block: the first blocks of a cluster take those that do not
+// divide evenly. Opaque as find_place.
 struct ChunkRange {
   int rank, first, last;
 
@@ -398,8 +405,8 @@ struct WarpPlace {
   }
 };
 
-// Stores 4 or 2 n tiles of the expansion, clamped and packed: rows g and g + 8 go to two pixels. The
-// columns of tiles are such that a lane has 8 (of 4 tiles) or 4 (of 2) consecutive channels.
+// Stores 4 or 2 n tiles of the expansion, clamped and packed: rows g and g + 8 go to two pixels.
+// The columns of tiles are such that a lane has 8 (of 4 tiles) or 4 (of 2) consecutive channels.
 template <typename T>
 __device__ __forceinline__ void store_expanded(const PackedClamp<T>& clamp, const float (*e)[4],
                                                int tiles, uint32_t pixel0, uint32_t pixel1, int q) {
@@ -409,9 +416,8 @@ __device__ __forceinline__ void store_expanded(const PackedClamp<T>& clamp, cons
     const uint32_t first = clamp(e[0][2 * half], e[0][2 * half + 1]);
     const uint32_t second = clamp(e[1][2 * half], e[1][2 * half + 1]);
     if (tiles == 4) {
-      store_shared16(pixel + q * 16,
-                     {first, second, clamp(e[2][2 * half], e[2][2 * half + 1]),
-                      clamp(e[3][2 * half], e[3][2 * half + 1])});
+      store_shared16(pixel + q * 16, {first, second, clamp(e[2][2 * half], e[2][2 * half + 1]),
+                                      clamp(e[3][2 * half], e[3][2 * half + 1])});
     } else {
       store_shared8(pixel + q * 8, first, second);
     }
@@ -424,8 +430,8 @@ template <typename T, typename Shape, int kUnits>
 __device__ __forceinline__ void expand_resident(const PackedClamp<T>& clamp, uint32_t fragments,
                                                 uint32_t bias, uint32_t rows, int row_step,
                                                 uint32_t table, int tiles, int warp, int warps,
-                                                int g_row, int my_row, int my_unit,
-                                                int q, const uint32_t (&one)[2]) {
+                                                int g_row, int my_row, int my_unit, int q,
+                                                const uint32_t (&one)[2]) {
   constexpr int kPairs = Shape::kPairs, kSteps = ceil_div(kUnits, 2);
   uint4 b[kSteps][kPairs];
 #pragma unroll
@@ -510,7 +516,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   const uint32_t source = shared0;
   const uint32_t expanded = shared0 + a.expanded_offset;
   const uint32_t table = shared0 + a.table_offset;  // [pixel of the source] its address in e
-  const int pitch_in = (a.k8 | 1) * 16;  // bytes of a source pixel
+  const int pitch_in = (a.k8 | 1) * 16;             // bytes of a source pixel
 
   const auto load_weights = [&](int c) {
     const unsigned char* const from = slice_weights(a) + int64_t(c) * a.blob_bytes;
@@ -544,8 +550,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       store_shared4(table + (m_tiles * 16 + m) * 4,
                     source + (image * (2 * eh + 1) + 2 * line_y) * a.image_pitch + x * 16);
     } else if (a.k8 <= kFewUnits) {
-      const T* const from = input + (image0 + image) * a.image_step +
-                            (y * a.width + column) * a.in_channels;
+      const T* const from =
+          input + (image0 + image) * a.image_step + (y * a.width + column) * a.in_channels;
 #pragma unroll
       for (int u = 0; u < kFewUnits; ++u) {
         if (u < a.k8) copy_async16_cached(source + m * pitch_in + u * 16, from + u * 8);
@@ -565,8 +571,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       using Pixel = decltype(zero);
       constexpr bool kFour = decltype(four)::value;
       for (int image = 0; image < images; ++image) {
-        const Pixel* const first = static_cast<const Pixel*>(a.input) +
-                                   (image0 + image) * a.image_step;
+        const Pixel* const first =
+            static_cast<const Pixel*>(a.input) + (image0 + image) * a.image_step;
         const uint64_t channels[4] = {opaque_address(first), opaque_address(first + a.stride_c),
                                       opaque_address(first + int64_t(2) * a.stride_c),
                                       opaque_address(first + int64_t(3) * a.stride_c)};
@@ -653,12 +659,11 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   // 3. What a warp reads of e.
   const PackedClamp<T> clamp(a.act);
   const WarpPlace place_of_warp(a, 2 * kRows, 8 * kCols);
-  const uint32_t window =
-      expanded +
-      (place_of_warp.image * eh + place_of_warp.row * kStride +
-       DepthwiseColumn<Shape>::lane_row(threadIdx.x % 32)) *
-          row_bytes +
-      (place_of_warp.column / kCols + threadIdx.x % 8) * kPitch;
+  const uint32_t window = expanded +
+                          (place_of_warp.image * eh + place_of_warp.row * kStride +
+                           DepthwiseColumn<Shape>::lane_row(threadIdx.x % 32)) *
+                              row_bytes +
+                          (place_of_warp.column / kCols + threadIdx.x % 8) * kPitch;
   const int odd_bytes = Shape::kSplit ? a.odd * kPitch : 0;
   // Where column k of a lane's window lies.
   const auto column_at = [&](int k) {
@@ -667,7 +672,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   // Rows of a tile of 16 pixels are ordered so that the two rows that one phase of a 16-byte store
   // meets are in different banks: 4 pixels apart or, where rows of e are split, neighbours.
   const auto order = [](int i) {
-    return Shape::kSplit ? (i & 1) + 2 * (i & 2) + (i & 4) / 2 : 4 * (i & 1) + (i & 2) + (i & 4) / 4;
+    return Shape::kSplit ? (i & 1) + 2 * (i & 2) + (i & 4) / 2
+                         : 4 * (i & 1) + (i & 2) + (i & 4) / 4;
   };
 
   // Sums start from the bias of the projection.
@@ -719,11 +725,10 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       const int width = here.x1 - here.x0, height = here.y1 - here.y0;
       for (int line = warp; line < here.images * height; line += warps) {
         const int image = line / height;
-        const T* const from =
-            static_cast<const T*>(a.input) +
-            ((here.image0 + image) * a.height + here.y0 + line - image * height) *
-                int64_t(a.width) * a.in_channels +
-            here.x0 * a.in_channels + c * kChunk;
+        const T* const from = static_cast<const T*>(a.input) +
+                              ((here.image0 + image) * a.height + here.y0 + line - image * height) *
+                                  int64_t(a.width) * a.in_channels +
+                              here.x0 * a.in_channels + c * kChunk;
         constexpr int kUnits = kChunk / 8;
         for (int i = lane; i < width * kUnits; i += 32) {
           const int x = i / kUnits, unit = i % kUnits;
@@ -744,8 +749,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
         // The last unit of an odd number is loaded by half of the lanes.
         const uint32_t rows = source + my_row * pitch_in + my_unit * 16;
         expand_resident<T, Shape, kUnits>(clamp, expand_fragments, expand_bias, rows, pitch_in,
-                                          table, m_tiles, warp, warps, g_row, my_row,
-                                   my_unit, q, one);
+                                          table, m_tiles, warp, warps, g_row, my_row, my_unit, q,
+                                          one);
       };
       if (a.k8 == 1) {
         expand(std::integral_constant<int, 1>{});
@@ -797,9 +802,9 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     }
     __syncthreads();
 
-    // 5. Depthwise and projection, 16 expanded channels at a time. The diagonal matrices: lane (g, q)
-    // holds row 2q (low half) and 2q + 1 (high half) of column g, so the lanes with q == g / 2 hold
-    // the taps of channel g, in the half that they are packed in.
+    // 5. Depthwise and projection, 16 expanded channels at a time. The diagonal matrices: lane (g,
+    // q) holds row 2q (low half) and 2q + 1 (high half) of column g, so the lanes with q == g / 2
+    // hold the taps of channel g, in the half that they are packed in.
     const bool on_diagonal = q == g >> 1;
     const uint32_t project_fragments = weights + kSizes.project + lane * 16;
 #pragma unroll 1
@@ -850,8 +855,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
         }
       }
       if constexpr (kTiles % 2 == 1) {
-        const uint2 b = load_shared8(project_fragments - lane * 8 + s * kTiles * 256 +
-                                     (kTiles - 1) * 256);
+        const uint2 b =
+            load_shared8(project_fragments - lane * 8 + s * kTiles * 256 + (kTiles - 1) * 256);
 #pragma unroll
         for (int t = 0; t < kOutTiles; ++t) mma<T>(acc[t][kTiles - 1], d[t], b.x, b.y);
       }
@@ -894,8 +899,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
         const int width = here.x1 - here.x0;
         const int m = (warp_image * (here.y1 - here.y0) + oy - here.y0) * width + ox - here.x0;
         load_floats<T, 2 * kGroup>(
-            reinterpret_cast<const T*>(shared + m * pitch_in) + channel0 + channel,
-            r);
+            reinterpret_cast<const T*>(shared + m * pitch_in) + channel0 + channel, r);
       } else {
         load_floats<T, 2 * kGroup>(static_cast<const T*>(a.input) +
                                        image * a.height * int64_t(a.width) * a.in_channels + at,
@@ -1010,8 +1014,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 template <typename T, int kIndex>
 cudaError_t launch_instance(const BlockArgs& a, const BlockLaunch& launch) {
   const auto kernel = inverted_residual_kernel<T, BlockShape<kIndex>>;
-  // Once a device and instance; a race only sets it twice.
-  static uint64_t prepared = 0;
+  // Once a device and instance; two threads may both do it.
+  static std::atomic<uint64_t> prepared = 0;
   int device = 0;
   cudaGetDevice(&device);
   if (device >= 64 || !(prepared >> device & 1)) {

@@ -79,13 +79,13 @@ struct InvertedResidualParams {
   void* output;        // NHWC, dense
   int64_t batch;
   int height, width, in_channels;
-  int expanded;              // channels of the depthwise convolution
+  int expanded;                // channels of the depthwise convolution
   int expanded_h, expanded_w;  // size of its input
   int out_h, out_w, out_channels;
   int stride;
   int pad_top, pad_left;
-  bool expands;  // false: there is no expansion, expanded == in_channels
-  bool stem;     // the expansion is a 3x3 convolution of stride 2 of at most 4 channels
+  bool expands;             // false: there is no expansion, expanded == in_channels
+  bool stem;                // the expansion is a 3x3 convolution of stride 2 of at most 4 channels
   int stem_top, stem_left;  // its padding
   int64_t stride_n;         // element strides of its image
   int stride_h, stride_w, stride_c;

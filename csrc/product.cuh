@@ -525,8 +525,7 @@ struct TileList {};
 using HalfTiles =
     TileList<HalfTile<128, 16, 32, 1, 3>, HalfTile<128, 32, 32, 1, 3>, HalfTile<128, 64, 32, 1, 3>,
              HalfTile<128, 96, 32, 1, 3>, HalfTile<128, 48, 32, 1, 3>, HalfTile<64, 64, 64, 2, 3>,
-             HalfTile<32, 32, 128, 4, 3>, HalfTile<16, 32, 128, 8, 3>,
-             HalfTile<16, 16, 128, 8, 6>>;
+             HalfTile<32, 32, 128, 4, 3>, HalfTile<16, 32, 128, 8, 3>, HalfTile<16, 16, 128, 8, 6>>;
 // Windows are costly to gather: fewer tiles, and none that reads them often.
 using HalfWindowTiles =
     TileList<HalfTile<128, 32, 32, 1, 3>, HalfTile<128, 96, 32, 1, 3>, HalfTile<32, 32, 128, 4, 3>>;

@@ -5,11 +5,11 @@
 //
 // HEIGHT, WIDTH: of the input; IN: its channels, 0 where there is no expansion. The padding is 1.
 // Environment: MULTIPROCESSORS (132), SHARED bytes of a block (232448), CLUSTERS (1): the GPU.
+#include "block_tiles.h"
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-
-#include "block_tiles.h"
 
 using namespace torch_mbv2;
 
@@ -57,9 +57,9 @@ int main(int argc, char** argv) {
   }
   const int steps = p.source_channels == 0 ? 0 : expand_steps(p.image, p.source_channels);
   const int chunks = (p.expanded + layout.chunk - 1) / layout.chunk;
-  const int bytes = output_slices(p.out_channels) *
-                    (chunks * packed_chunk_bytes(layout.chunk, layout.tiles, steps) +
-                     layout.tiles * 32);
+  const int bytes =
+      output_slices(p.out_channels) *
+      (chunks * packed_chunk_bytes(layout.chunk, layout.tiles, steps) + layout.tiles * 32);
   std::printf("layout     tiles=%d chunk=%d bytes=%d\n", layout.tiles, layout.chunk, bytes);
   BlockTile best{};
   if (!choose_block_tile(p, device, best)) {
@@ -68,9 +68,8 @@ int main(int argc, char** argv) {
   }
   print("chosen", best);
   std::vector<BlockTile> all = block_candidates(p, device);
-  std::stable_sort(all.begin(), all.end(), [](const BlockTile& a, const BlockTile& b) {
-    return a.clocks < b.clocks;
-  });
+  std::stable_sort(all.begin(), all.end(),
+                   [](const BlockTile& a, const BlockTile& b) { return a.clocks < b.clocks; });
   for (size_t i = 1; i < all.size(); ++i) print("candidate", all[i]);
   return 0;
 }

@@ -289,11 +289,13 @@ def test_training_mode_is_refused():
 
 
 def packed(fast: nn.Module) -> list[torch.Tensor | None]:
-    """What the blocks of a patched model keep packed, checked against their weights."""
+    """What the blocks of a patched model keep packed, checked against their weights: as bits,
+    because halves of floats can look like NaN."""
     found = []
     for block in fast.modules():
         if isinstance(block, modules.FusedInvertedResidual | modules.FusedStemBlock):
             expected = getattr(packing, f"pack_{block.kind}")(*block._tensors())
+            assert expected is None or block.packed.dtype == block.project_weight.dtype
             for name, exact in block.exact_biases.items():  # of which the parameters are roundings
                 bias = block._parameters[name]
                 assert (exact is None) == (bias is None)
@@ -301,8 +303,8 @@ def packed(fast: nn.Module) -> list[torch.Tensor | None]:
                     assert exact.dtype == torch.float32
                     torch.testing.assert_close(bias.float(), exact, rtol=2**-7, atol=1e-6)
             assert (block.packed is None) == (expected is None)
-            assert expected is None or torch.equal(block.packed, expected)
-            found.append(block.packed)
+            found.append(None if expected is None else block.packed.view(torch.int16))
+            assert expected is None or torch.equal(found[-1], expected.view(torch.int16))
     assert found
     return found
 
@@ -313,14 +315,14 @@ def test_packed_weights_follow_the_weights(stock):
     fast = torch_mbv2.patch(stock)
     assert packed(fast) == [None] * len(packed(fast)), "no fused kernel takes float32"
     fast.half()
-    assert all(p.dtype == torch.half for p in packed(fast))
+    assert all(p is not None for p in packed(fast))
     state = {name: value * 2 for name, value in fast.state_dict().items()}
     before = packed(fast)
     fast.load_state_dict(state)
     assert not any(torch.equal(a, b) for a, b in zip(packed(fast), before, strict=True))
     for clone in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert all(map(torch.equal, packed(clone), packed(fast)))
-        assert all(p.dtype == torch.bfloat16 for p in packed(clone.bfloat16()))
+        assert all(p is not None for p in packed(clone.bfloat16()))
         state = {name: value * 2 for name, value in clone.state_dict().items()}
         clone.load_state_dict(state)
         packed(clone)

@@ -1050,9 +1050,11 @@ def inverted_residual(
     Equivalent: `y = act(F.conv2d(input, expand_weight, expand_bias))` (`y = input` without
     `expand_weight`); `y = act(F.conv2d(F.pad(y, padding), depthwise_weight, depthwise_bias, stride,
     groups=E))`; `y = F.conv2d(y, project_weight, project_bias)`; `input + y` with `residual`, else
-    `y`. The padding is zeros of the expanded tensor. Where no fused kernel fits the sizes or the
-    dtype, CUDA runs these steps one by one. Source: Sandler et al., "MobileNetV2: Inverted
-    Residuals and Linear Bottlenecks", CVPR 2018, figure 4d and table 1.
+    `y`. The padding is zeros of the expanded tensor. Where no fused kernel fits the sizes, the
+    dtype or the activation (a lower bound other than 0), CUDA runs these steps one by one. The
+    fused kernel's depthwise convolution is a matrix product with zeros: an infinite element becomes
+    NaN in the channels beside it. Source: Sandler et al., "MobileNetV2: Inverted Residuals and
+    Linear Bottlenecks", CVPR 2018, figure 4d and table 1.
 
     Args:
         input: (N, Cin, H, W), float32, float16 or bfloat16; channels_last is fastest.
@@ -1254,7 +1256,9 @@ def stem_block(
     Equivalent: `y = act(F.conv2d(F.pad(input.to(stem_weight.dtype), stem_padding), stem_weight,
     stem_bias, stem_stride))`; `y = act(F.conv2d(F.pad(y, padding), depthwise_weight,
     depthwise_bias, groups=S))`; `F.conv2d(y, project_weight, project_bias)`. Where no fused kernel
-    fits the sizes or the dtype, CUDA runs these steps one by one. Source: Sandler et al.,
+    fits the sizes, the dtype or the activation (a lower bound other than 0), CUDA runs these steps
+    one by one. The fused kernel multiplies by zeros: an infinite or NaN element becomes NaN in the
+    channels beside it and in the pixel left of those that read it. Source: Sandler et al.,
     "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, rows 1 and 2 of table 2.
 
     Args:
