@@ -23,9 +23,9 @@
 // runs on the tensor cores as well, as a product with diagonal matrices: two taps of 8 channels
 // are the 16 of k. That is 1/8 of their rate, but exact sums in float32 at the price of 6
 // instructions for 16 pixels x 8 channels, where FFMA takes 36 and 64 conversions (sums in float16,
-// by HFMA2, are 8 % faster for the whole network, but double its error); the windows come
-// by ldmatrix, a row is read once for all its taps, and the result is, after clamping and packing,
-// the A operand of the projection.
+// by HFMA2, make the whole network 10 % faster but too inaccurate); the windows come by ldmatrix, a
+// row is read once for all its taps, and the result is, after clamping and packing, the A operand
+// of the projection.
 //
 // Shared memory, in this order: the source of the tile with its halo (for the expansion and the
 // residual); weights of two chunks, or of one where there is no room; e (a pixel is kChunk * 2 + 16
