@@ -206,30 +206,34 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   if (t.stages == 0) return false;
 
   // Clocks. A chunk of one block: 128-byte wavefronts of shared memory and instructions, which
-  // overlap in part. The constants were fitted to times of every tile on the blocks of MobileNetV2
+  // hardly overlap. The constants were fitted to times of every tile on the blocks of MobileNetV2
   // at batch 1, 8, 32 and 256 on an H100.
   const int pairs = k.chunk / 16, out_tiles = k.rows * k.cols;
-  const int in_rows = p.stride * (2 * k.rows - 1) + 3, in_cols = p.stride * (k.cols - 1) + 3;
+  const int in_cols = p.stride * (k.cols - 1) + 3;
+  // Of a column of a warp's windows: matrices, and instructions that load them.
+  const int groups = std::max(1, k.rows / 2);
+  const int matrices = groups * (p.stride == 1 ? (k.rows == 1 ? 4 : 8) : (k.rows == 1 ? 6 : 10));
+  const int loads = groups * ((k.rows == 1 ? 1 : 2) + (p.stride == 2 ? 1 : 0));
   const double e_tiles = rows / 16.0;
   const double streamed = k.resident ? 0.0 : double(steps * pairs) / k.pixel_tiles;
   const double again = k.resident ? 0.0 : 2.0 * pairs;
-  const double fronts = e_tiles * (steps * 4 + 4 * streamed + again + pairs * 5 + 2) +
-                        double(warps) * pairs * (2 * (in_cols * in_rows + 10) + 2 * k.tiles);
+  const double fronts =
+      e_tiles * (steps * 4 + 4 * streamed + again + pairs * 5 + 2) +
+      double(warps) * pairs * (2 * (in_cols * matrices + 9 + 4 * out_tiles) + 2 * k.tiles);
   const double instructions =
       e_tiles * (steps * (1 + 2 * pairs) + streamed + again + pairs * 12 + 10) +
       double(warps) * pairs *
-          (2 * (4 + in_cols * ((in_rows + 3) / 4) + out_tiles * 20) + k.tiles * (0.5 + out_tiles) +
-           8);
-  const double memory = 0.48 * fronts, issue = 0.51 * instructions;
-  const double chunk = std::max(memory, issue) + 0.62 * std::min(memory, issue);
+          (2 * (14 + in_cols * loads + 14 * out_tiles) + k.tiles * (0.5 + out_tiles) + 8);
+  const double memory = 0.41 * fronts, issue = 0.28 * instructions;
+  const double chunk = std::max(memory, issue) + 1.36 * std::min(memory, issue);
   // A chunk cannot take less than its busiest warp's chain of dependent steps.
   const int busiest = (rows / 16 / k.pixel_tiles + warps - 1) / warps * k.pixel_tiles;
   const double chain =
       43.0 * busiest * steps * pairs +
-      0.5 * pairs * (2 * (in_cols * in_rows + 10) + out_tiles * (40 + 6 * k.tiles));
+      0.085 * pairs * (2 * (in_cols * matrices + 10) + out_tiles * (40 + 6 * k.tiles));
   const int my_chunks = (t.chunks + t.splits - 1) / t.splits;
-  const double edges = 1.6 * t.images * eh * ew + 0.76 * blob / 16 * my_chunks +
-                       (t.splits > 1 ? 29.0 * warps * out_tiles * k.tiles : 0.0);
+  const double edges = 0.94 * t.images * eh * ew + 1.03 * blob / 16 * my_chunks +
+                       (t.splits > 1 ? 24.0 * warps * out_tiles * k.tiles : 0.0);
   const double throughput = my_chunks * chunk + edges;
   const double waits = t.stages == 1 ? 1500.0 : 0.0;  // for weights
   const double latency =
