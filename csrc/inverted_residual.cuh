@@ -101,9 +101,10 @@ __device__ __forceinline__ void mma_bias(float (&c)[4], const uint32_t (&one)[2]
   }
 }
 
-// As copy_async16 of an inner address, but through L1: for pieces that share 32-byte sectors.
-__device__ __forceinline__ void copy_async16_cached(uint32_t to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+// As copy_async16, but through L1: for pieces that share 32-byte sectors.
+__device__ __forceinline__ void copy_async16_cached(uint32_t to, const void* from, bool inside) {
+  const int bytes = inside ? 16 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
 }
 
 __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
@@ -554,7 +555,9 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
           input + (image0 + image) * a.image_step + (y * a.width + column) * a.in_channels;
 #pragma unroll
       for (int u = 0; u < kFewUnits; ++u) {
-        if (u < a.k8) copy_async16_cached(source + m * pitch_in + u * 16, from + u * 8);
+        if (u >= a.k8) continue;
+        const bool real = u * 8 < a.in_channels;
+        copy_async16_cached(source + m * pitch_in + u * 16, from + (real ? u * 8 : 0), real);
       }
     }
   }

@@ -578,6 +578,7 @@ KERNELS = [
     Case("im2col", ((3, 16, 9, 8),), {"kernel_size": 3}),
     block(3, 16, 9, 8, 96, 16, residual=True),
     block(3, 16, 9, 8, 48, 24, stride=2),
+    block(3, 24, 9, 8, 72, 56),
     block(3, 16, 9, 8, None, 24),
     block(3, 16, 9, 8, 48, 20, kernel=5, padding=2),
     stem(3, 3, 9, 8, 32, 16),
