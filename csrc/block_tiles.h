@@ -207,7 +207,7 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
 
   // Clocks. A chunk of one block: 128-byte wavefronts of shared memory and instructions, which
   // hardly overlap. The constants were fitted to times of every tile on the blocks of MobileNetV2
-  // at batch 1, 8, 32 and 256 on an H100.
+  // on an H100: those of throughput at batch 32 and 256, those of latency at 1, 8, 32 and 256.
   const int pairs = k.chunk / 16, out_tiles = k.rows * k.cols;
   const int in_cols = p.stride * (k.cols - 1) + 3;
   // Of a column of a warp's windows: matrices, and instructions that load them.

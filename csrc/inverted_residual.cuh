@@ -46,22 +46,11 @@
 
 namespace torch_mbv2 {
 
-template <int kMatrices>
-__device__ __forceinline__ void load_matrices_n(uint32_t* r, uint32_t address) {
-  if constexpr (kMatrices == 4) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address));
-  } else if constexpr (kMatrices == 2) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(address));
-  } else {
-    static_assert(kMatrices == 1);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(address));
-  }
+// As load_matrices of mma.cuh, but two 8x8 matrices, whose rows lanes 0 to 15 address.
+__device__ __forceinline__ void load_two_matrices(uint32_t& r0, uint32_t& r1, uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r0), "=r"(r1)
+               : "r"(address));
 }
 
 // c (16x8) += a (16x8) * b (8x8); the fragments are the lower halves of mma's.
@@ -245,7 +234,6 @@ struct BlockShape {
   static constexpr int kMinBlocks = kKernel.min_blocks;
   static constexpr int kPitch = kChunk * 2 + 16;             // bytes of a pixel of e
   static constexpr int kPairs = kChunk / 16;                 // pairs of 8 expanded channels
-  static constexpr int kResidentSteps = kImage ? 3 : 2;      // of 16 source channels
   static constexpr int kInCols = kStride * (kCols - 1) + 3;  // that a lane reads
   // Whether a row of e holds its even pixels first, so that 8 lanes find 8 neighbours.
   static constexpr bool kSplit = kStride * kCols > 1;
@@ -287,9 +275,11 @@ struct DepthwiseColumn {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const uint32_t from = at + i * 4 * kStride * row_bytes;
-      load_matrices_n<4>(quads[i][0], from);
-      if (kRows > 1) load_matrices_n<4>(quads[i][1], from + 2 * row_bytes);
-      if (kStride == 2) load_matrices_n<2>(pair[i], from + (kRows == 1 ? 2 : 4) * row_bytes);
+      load_matrices(quads[i][0], from);
+      if (kRows > 1) load_matrices(quads[i][1], from + 2 * row_bytes);
+      if (kStride == 2) {
+        load_two_matrices(pair[i][0], pair[i][1], from + (kRows == 1 ? 2 : 4) * row_bytes);
+      }
     }
   }
 
@@ -425,8 +415,8 @@ __device__ __forceinline__ void store_expanded(const PackedClamp<T>& clamp, cons
   }
 }
 
-// The expansion of the tile for one chunk, with its weights in registers. k8 is the number of units
-// of 8 source channels, or 6 for the windows of an image.
+// The expansion of the tile for one chunk, with its weights in registers. kUnits are the units of
+// 8 source channels, or 6 for the windows of an image.
 template <typename T, typename Shape, int kUnits>
 __device__ __forceinline__ void expand_resident(const PackedClamp<T>& clamp, uint32_t fragments,
                                                 uint32_t bias, uint32_t rows, int row_step,
@@ -460,7 +450,7 @@ __device__ __forceinline__ void expand_resident(const PackedClamp<T>& clamp, uin
       if (2 * s + 1 < kUnits) {
         load_matrices(f[s], at);
       } else {  // the last 8 of an odd number
-        load_matrices_n<2>(f[s], at);
+        load_two_matrices(f[s][0], f[s][1], at);
       }
     }
     const uint32_t pixel0 = load_shared4(table + (t * 16 + g_row) * 4);

@@ -34,6 +34,8 @@ def pack_inverted_residual(
 ) -> Tensor | None:
     """What `ops.inverted_residual` takes as `packed`.
 
+    Biases may be float32: they keep what the weights' dtype would round off.
+
     Args:
         expand_weight: (E, Cin, 1, 1), or None where there is no expansion; float16 or bfloat16.
         expand_bias: (E,) or None.
@@ -71,6 +73,8 @@ def pack_stem_block(
     project_bias: Tensor | None,
 ) -> Tensor | None:
     """What `ops.stem_block` takes as `packed`.
+
+    Biases may be float32: they keep what the weights' dtype would round off.
 
     Args:
         stem_weight: (S, Cin, 3, 3), Cin at most 4; float16 or bfloat16.
