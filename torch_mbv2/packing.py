@@ -155,22 +155,24 @@ def _pack(
     outputs = slices * tiles * 8
     project = padded(project.flatten(1), outputs, chunks * chunk)
     # (slice, output channel, chunk, expanded channel), output channels in the order of columns
-    project = project.view(slices, tiles * 8, chunks, chunk)[:, _columns(tiles)]
+    project = _in_columns(project.view(slices, tiles * 8, chunks, chunk), 1)
     project_parts = _fragments(project.permute(0, 2, 1, 3))  # (slice, chunk, bytes)
 
-    columns = _columns(chunk // 8)
     taps = padded(depthwise[:, 0], chunks * chunk, 3, 3)
     parts = [
         _depthwise(taps, padded_bias(depthwise_bias, chunks * chunk), chunks),
-        _bias_rows(padded_bias(expand_bias, chunks * chunk).view(chunks, chunk)[:, columns], dtype),
+        _bias_rows(
+            _in_columns(padded_bias(expand_bias, chunks * chunk).view(chunks, chunk), 1), dtype
+        ),
     ]
     if expand is not None:
         depth = math.ceil(expand.shape[1] / 16) * 16
         matrix = padded(expand, chunks * chunk, depth).view(chunks, chunk, depth)
-        parts.append(_words(_fragments(matrix[:, columns])))
+        parts.append(_words(_fragments(_in_columns(matrix, 1))))
     common = torch.cat(parts, 1)
     blobs = torch.cat([_words(project_parts), common.expand(slices, *common.shape)], 2)
-    bias = padded_bias(project_bias, outputs).view(slices, tiles * 8)[:, _columns(tiles)]
+    bias = padded_bias(project_bias, outputs).view(slices, tiles * 8)
+    bias = _in_columns(bias, 1)
     return torch.cat([blobs.flatten(1), _words(bias)], 1).flatten().view(dtype)
 
 
@@ -211,20 +213,17 @@ def _words(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int16)
 
 
-def _columns(tiles: int) -> list[int]:
-    """The channel of each column of `tiles` n tiles of 8: such that a lane, whose columns are 2q
-    and 2q + 1 of every tile, has 8 consecutive channels in 4 tiles, or 4 in 2."""
-    order = []
-    first = 0
-    while first < tiles:
-        group = next(size for size in (4, 2, 1) if size <= tiles - first)
-        order += [
-            8 * first + 2 * group * (column // 2) + 2 * tile + column % 2
-            for tile in range(group)
-            for column in range(8)
-        ]
-        first += group
-    return order
+def _in_columns(x: Tensor, dim: int) -> Tensor:
+    """Channels, dimension `dim` of x, in the order of the columns of their n tiles of 8: such that
+    a lane, whose columns are 2q and 2q + 1 of every tile, has 8 consecutive channels in 4 tiles, or
+    4 in 2. No index tensors, so that packing can be captured in a CUDA graph."""
+    parts, first, channels = [], 0, x.shape[dim]
+    while first < channels:
+        tiles = next(size for size in (4, 2, 1) if 8 * size <= channels - first)
+        group = x.narrow(dim, first, 8 * tiles).unflatten(dim, (4, tiles, 2))
+        parts.append(group.transpose(dim, dim + 1).flatten(dim, dim + 2))
+        first += 8 * tiles
+    return torch.cat(parts, dim)
 
 
 def _fragments(matrix: Tensor) -> Tensor:
