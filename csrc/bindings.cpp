@@ -754,7 +754,7 @@ Tensor stem_block(Tensor input, Tensor stem_weight, std::optional<Tensor> stem_b
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Ints twos = {2, 2}, ones = {1, 1}, none = {0, 0, 0, 0};
   if (has_fused_window(depthwise_weight, padding) && stem_h == 3 && stem_w == 3 &&
-      stem_stride == twos && channels <= 4 && stem_padding[0] <= 64 && stem_padding[2] <= 64 &&
+      stem_stride == twos && channels <= 3 && stem_padding[0] <= 64 && stem_padding[2] <= 64 &&
       has_small_images(input)) {
     InvertedResidualParams p{};
     p.batch = batch;

@@ -7,6 +7,16 @@
 
 namespace torch_mbv2 {
 
+// How the stem reads its image.
+enum class ImageLoad {
+  kRows,   // 3 channels of a pixel are neighbours, in the dtype of the weights: rows as they are
+  kPairs,  // columns are neighbours, and pairs of them aligned
+  kPixels  // anything else
+};
+// Bytes of a row of the image in shared memory before the pixel that precedes its windows, unless
+// rows are copied as they are.
+constexpr int kImageLead = 8;
+
 struct BlockArgs {
   const void* input;
   const void* packed;
@@ -19,7 +29,7 @@ struct BlockArgs {
   int k8;                   // 16-byte units of a source pixel in shared memory; 0: no expansion
   int chunks, more_chunks;  // of a block; the first `more_chunks` blocks of a cluster have one more
   int tile_h, tile_w, images;
-  Divider warps_x, warps_y, tiles_x, tiles_y, units, halo_width, halo_height, image_pairs;
+  Divider warps_x, warps_y, tiles_x, tiles_y, units, halo_width, halo_height;
   int row_pixels;          // of a row of e, with what separates its even and odd pixels
   int odd;                 // where its odd pixels start, if they are apart
   int splits, split_bits;  // a power of 2, its logarithm
@@ -34,6 +44,8 @@ struct BlockArgs {
   int stride_h, stride_w, stride_c;
   int stem_top, stem_left, image_pitch;
   DType image_dtype;
+  ImageLoad image_load;
+  Divider image_pairs;  // pairs of pixels of a row, unless rows are copied as they are
 };
 
 struct BlockLaunch {

@@ -15,27 +15,27 @@ constexpr int kMaxBlockTiles = 40;  // of 8 output channels; more are made by se
 // in the order of registers: 16 bytes a lane for two n tiles of 8, and 8 for an odd last one.
 struct PackedSizes {
   int project;      // [k step of 16][n tile] fragments
-  int depthwise;    // [unit of 8 channels]
+  int depthwise;    // [pair of units of 8 channels]
   int expand_bias;  // [n tile][lane] the fragment for 8 of k: the bias, what rounding lost of it,
-                    // zeros
+                    // zeros; none for an image, where they are the last two of k
   int fixed;        // end of the above; here start the fragments of the expansion,
                     // [k step of 16][pair of n tiles]
-  // A unit of the depthwise convolution, in bytes: [channel][4 taps], [channel][4 taps],
+  // A pair of units of the depthwise convolution, in bytes: [channel][4 taps], [channel][4 taps],
   // [channel][tap], in the order (0,0) (1,0) (2,0) (0,1) (1,1) (2,1) (0,2) (1,2) (2,2) of (row,
   // column), as pairs of a tap and a zero, where the tap is the low half of even channels and the
-  // high half of odd ones; then [q < 4] float, biases of channels 2q, 2q + 1, 2q, 2q + 1.
-  int depthwise_unit;
+  // high half of odd ones; then, of each unit, [lane] the fragment of its biases as in expand_bias.
+  int depthwise_pair;
 };
-constexpr PackedSizes packed_sizes(int chunk, int tiles) {
+constexpr PackedSizes packed_sizes(int chunk, int tiles, bool image) {
   PackedSizes s{};
-  s.depthwise_unit = 352;
+  s.depthwise_pair = 832;
   s.depthwise = chunk / 16 * tiles * 256;
-  s.expand_bias = s.depthwise + chunk / 8 * s.depthwise_unit;
-  s.fixed = s.expand_bias + chunk / 8 * 128;
+  s.expand_bias = s.depthwise + chunk / 16 * s.depthwise_pair;
+  s.fixed = s.expand_bias + (image ? 0 : chunk / 8 * 128);
   return s;
 }
-constexpr int packed_chunk_bytes(int chunk, int tiles, int k_steps) {
-  return packed_sizes(chunk, tiles).fixed + k_steps * chunk / 16 * 512;
+constexpr int packed_chunk_bytes(int chunk, int tiles, bool image, int k_steps) {
+  return packed_sizes(chunk, tiles, image).fixed + k_steps * chunk / 16 * 512;
 }
 
 // What a kernel instance is compiled for; see BlockShape of inverted_residual.cuh.
@@ -54,29 +54,30 @@ constexpr BlockKernel kBlockKernels[] = {
     // stride 1, few channels: early blocks
     {1, 2, 2, 1, 48, false, true, 1, 8, 2},
     {1, 3, 2, 1, 48, false, true, 1, 8, 2},
+    {1, 3, 4, 1, 48, false, true, 1, 6, 2},
     {1, 4, 2, 1, 48, false, true, 1, 8, 2},
-    {1, 8, 1, 1, 48, false, true, 1, 8, 2},
+    {1, 8, 1, 1, 48, false, true, 1, 6, 2},
+    {1, 3, 2, 1, 32, false, true, 1, 8, 2},
     // stride 2, few channels
     {2, 2, 1, 1, 48, false, true, 1, 8, 2},
     {2, 3, 1, 1, 48, false, true, 1, 8, 2},
     {2, 4, 1, 1, 48, false, true, 1, 8, 2},
+    {2, 4, 2, 1, 48, false, true, 1, 8, 2},
     {2, 8, 1, 1, 48, false, true, 1, 8, 2},
     {2, 3, 1, 1, 32, false, true, 1, 8, 2},
-    {2, 3, 2, 1, 32, false, true, 1, 8, 2},
-    {1, 3, 2, 1, 32, false, true, 1, 8, 2},
-    {2, 4, 2, 1, 48, false, true, 1, 8, 2},
     // many channels
     {1, 8, 1, 2, 48, false, false, 1, 8, 2},
     {1, 12, 1, 1, 48, false, false, 1, 16, 1},
     {1, 12, 1, 2, 48, false, false, 2, 8, 1},
-    {1, 20, 1, 1, 48, false, false, 2, 8, 1},
+    {1, 20, 1, 1, 48, false, false, 1, 8, 1},
     {1, 40, 1, 1, 48, false, false, 1, 8, 1},
-    {2, 8, 1, 1, 48, false, false, 2, 8, 2},
+    {2, 8, 1, 1, 48, false, false, 1, 8, 2},
     {2, 12, 1, 1, 48, false, false, 2, 8, 1},
     {2, 20, 1, 1, 48, false, false, 2, 8, 1},
     {2, 40, 1, 1, 48, false, false, 1, 8, 1},
     // the stem and the first block
     {1, 2, 2, 1, 32, true, true, 1, 8, 2},
+    {1, 2, 4, 1, 32, true, true, 1, 6, 2},
     {1, 4, 2, 1, 32, true, true, 1, 8, 2},
     {1, 2, 2, 1, 48, true, true, 1, 8, 2},
     {1, 4, 2, 1, 48, true, true, 1, 8, 1},
@@ -100,7 +101,7 @@ inline int source_units(const BlockKernel& kernel, int channels) {
   const int units = (channels + 7) / 8;
   return kernel.resident ? units : (units + 1) / 2 * 2;
 }
-inline int expand_steps(bool image, int channels) { return image ? 3 : (channels + 15) / 16; }
+inline int expand_steps(bool image, int channels) { return image ? 2 : (channels + 15) / 16; }
 inline int output_slices(int out_channels) {
   return (out_channels + 8 * kMaxBlockTiles - 1) / (8 * kMaxBlockTiles);
 }
@@ -119,11 +120,11 @@ inline bool serves(const BlockKernel& k, const BlockProblem& p) {
 }
 
 // The layout with the fewest products to spare; false if there is no instance: channels that are no
-// multiples of 8, a stride other than 1 and 2, an image of more than 4 channels. packing.py makes
+// multiples of 8, a stride other than 1 and 2, an image of more than 3 channels. packing.py makes
 // the same choice.
 inline bool choose_block_layout(const BlockProblem& p, BlockLayout& best) {
   if (p.expanded < 8 || p.expanded % 8 != 0 || p.out_channels < 8 || p.out_channels % 8 != 0 ||
-      (p.image ? p.source_channels > 4 : p.source_channels % 8 != 0)) {
+      (p.image ? p.source_channels > 3 : p.source_channels % 8 != 0)) {
     return false;
   }
   int least = 0;
@@ -182,17 +183,19 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   const bool split = k.stride * k.cols > 1;
   t.odd = split ? up((ew + 1) / 2 + 4, 8) - 4 : 0;
   t.row_pixels = split ? t.odd + ew / 2 : ew;
-  const int halo = t.images * eh * t.row_pixels, pixels = t.images * vh * vw;
+  // A row of the source gets an even number of pixels then.
+  const int halo = t.images * eh * t.row_pixels;
+  const int pixels = t.images * vh * (split ? up(vw, 2) : vw);
   const int steps = p.source_channels == 0 ? 0 : expand_steps(k.image, p.source_channels);
   const int warps = t.warps_x * t.warps_y * t.images;
   const int rows = up(pixels, 16 * k.pixel_tiles);
-  t.image_pitch = k.image ? (2 * ew + 2) * 8 : 0;
+  t.image_pitch = k.image ? up(12 * ew + 32, 16) : 0;
   const int units = p.source_channels == 0 ? 0 : source_units(k, p.source_channels);
   const int source_bytes = k.image      ? t.images * (2 * eh + 1) * t.image_pitch
                            : units == 0 ? 0
                                         : rows * (units | 1) * 16;
-  const int blob = packed_chunk_bytes(k.chunk, k.tiles, steps);
-  t.weights_offset = up(source_bytes, 128);
+  const int blob = packed_chunk_bytes(k.chunk, k.tiles, k.image, steps);
+  t.weights_offset = up(source_bytes + 16, 128);  // two barriers before it
   for (t.stages = 2; t.stages > 0; --t.stages) {
     t.expanded_offset = up(t.weights_offset + t.stages * blob, 128);
     t.table_offset = up(t.expanded_offset + (halo + 1) * (k.chunk * 2 + 16), 16);
@@ -205,39 +208,43 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   }
   if (t.stages == 0) return false;
 
-  // Clocks. A chunk of one block: 128-byte wavefronts of shared memory and instructions, which
-  // hardly overlap. The constants were fitted to times of every tile on the blocks of MobileNetV2
-  // on an H100: those of throughput at batch 32 and 256, those of latency at 1, 8, 32 and 256.
+  const double blocks = double((p.batch + t.images - 1) / t.images) * t.tiles_x * t.tiles_y *
+                        t.splits * output_slices(p.out_channels);
+  // No more blocks than multiprocessors: one for each. A kernel that starts while the one before it
+  // still fills most of them would otherwise crowd into those that are free.
+  if (t.splits == 1 && blocks <= device.multiprocessors) {
+    t.shared_bytes = std::max(
+        t.shared_bytes, std::min(device.shared_per_block, device.shared_per_multiprocessor / 2));
+  }
+
+  // Instructions of a warp, counted in the machine code: of a tile of 16 pixels of the expansion,
+  // of the rest of a chunk, of what fills shared memory (32 pixels or units each), and of the start
+  // and the output. And tensor-core instructions that wait for one another.
   const int pairs = k.chunk / 16, out_tiles = k.rows * k.cols;
-  const int in_cols = p.stride * (k.cols - 1) + 3;
-  // Of a column of a warp's windows: matrices, and instructions that load them.
-  const int groups = std::max(1, k.rows / 2);
-  const int matrices = groups * (p.stride == 1 ? (k.rows == 1 ? 4 : 8) : (k.rows == 1 ? 6 : 10));
-  const int loads = groups * ((k.rows == 1 ? 1 : 2) + (p.stride == 2 ? 1 : 0));
-  const double e_tiles = rows / 16.0;
-  const double streamed = k.resident ? 0.0 : double(steps * pairs) / k.pixel_tiles;
-  const double again = k.resident ? 0.0 : 2.0 * pairs;
-  const double fronts =
-      e_tiles * (steps * 4 + 4 * streamed + again + pairs * 5 + 2) +
-      double(warps) * pairs * (2 * (in_cols * matrices + 9 + 4 * out_tiles) + 2 * k.tiles);
-  const double instructions =
-      e_tiles * (steps * (1 + 2 * pairs) + streamed + again + pairs * 12 + 10) +
-      double(warps) * pairs *
-          (2 * (14 + in_cols * loads + 14 * out_tiles) + k.tiles * (0.5 + out_tiles) + 8);
-  const double memory = 0.41 * fronts, issue = 0.28 * instructions;
-  const double chunk = std::max(memory, issue) + 1.36 * std::min(memory, issue);
-  // A chunk cannot take less than its busiest warp's chain of dependent steps.
-  const int busiest = (rows / 16 / k.pixel_tiles + warps - 1) / warps * k.pixel_tiles;
-  const double chain =
-      43.0 * busiest * steps * pairs +
-      0.085 * pairs * (2 * (in_cols * matrices + 10) + out_tiles * (40 + 6 * k.tiles));
+  const int in_cols = p.stride * (k.cols - 1) + 3;  // of a warp's windows
+  const int loads = p.stride == 2 ? k.rows + 1 : k.rows == 1 ? 1 : (k.rows + 3) / 2;
+  const int groups = k.tiles / 4 + (k.tiles % 4 >= 2 ? 1 : 0) + k.tiles % 2;  // of output channels
+  const double expand =
+      steps * (1 + 2 * pairs) + 16 * pairs + 10 +
+      (k.resident ? 0.0 : double(steps * (pairs + 4) + 2 * pairs) / k.pixel_tiles);
+  const double convolve =
+      pairs * (2 * (in_cols * loads + 11 * out_tiles) + k.tiles * (0.5 + out_tiles) + 48) + 130;
+  const double fill = t.images * eh * ew / 32.0 * 60 +
+                      (k.image ? t.images * (2 * eh + 1) * (t.image_pitch / 16) / 32.0 * 19 : 0.0) +
+                      (!k.image && units > 4 ? t.images * eh * ew * units / 32.0 * 25 : 0.0);
+  const double around = 300 + out_tiles * 2 * groups * 35;
+  const int rounds_of_pixels = (rows / 16 / k.pixel_tiles + warps - 1) / warps;  // busiest warp
   const int my_chunks = (t.chunks + t.splits - 1) / t.splits;
-  const double edges = 0.94 * t.images * eh * ew + 1.03 * blob / 16 * my_chunks +
-                       (t.splits > 1 ? 24.0 * warps * out_tiles * k.tiles : 0.0);
-  const double throughput = my_chunks * chunk + edges;
-  const double waits = t.stages == 1 ? 1500.0 : 0.0;  // for weights
-  const double latency =
-      my_chunks * (std::max(chain, chunk) + waits) + edges + 4900 + (t.splits > 1 ? 3000 : 0);
+  const double all = my_chunks * (rows / 16.0 * expand + warps * convolve) + fill + warps * around;
+  const double one =
+      my_chunks * (rounds_of_pixels * k.pixel_tiles * expand + convolve) + fill / warps + around;
+  const double dependent = my_chunks * (rounds_of_pixels * (steps + 1) + pairs * 15);
+  // Clocks a block takes of a busy multiprocessor, and from its start to its end; with others of
+  // its cluster, it adds up their sums. The constants were fitted to times of every tile on the
+  // blocks of MobileNetV2 on an H100 at batch 1, 8, 32 and 256.
+  const double sums = t.splits > 1 ? 58.0 * out_tiles * k.tiles : 0.0;
+  const double throughput = 0.51 * all + warps * sums;
+  const double latency = 1.54 * one + 37.6 * dependent + sums + (t.splits > 1 ? 4200 : 0);
   // Blocks at a time on a multiprocessor: 64 K registers in four parts, shared memory.
   const int registers = (65536 / (k.min_blocks * k.warps * 32)) / 8 * 8;
   const int by_registers = 16384 / (registers * 32) * 4 / warps;
@@ -246,12 +253,12 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   // Clusters of 4 and more do not fill every group of multiprocessors.
   const int multiprocessors =
       t.splits >= 4 ? std::max(1, device.multiprocessors * 10 / 11) : device.multiprocessors;
-  const double blocks = double((p.batch + t.images - 1) / t.images) * t.tiles_x * t.tiles_y *
-                        t.splits * output_slices(p.out_channels);
   const double rounds = std::max(1.0, std::ceil(blocks / multiprocessors));
   const double together = std::min<double>(resident, rounds);
+  constexpr double kBlend = 2.2;  // between the larger of both and their sum
   t.clocks =
-      std::cbrt(std::pow(together * throughput, 3) + std::pow(latency, 3)) * rounds / together;
+      std::pow(std::pow(together * throughput, kBlend) + std::pow(latency, kBlend), 1 / kBlend) *
+      rounds / together;
   return true;
 }
 

@@ -21,7 +21,23 @@ bool layout_of(const InvertedResidualParams& p, BlockLayout& layout) {
 // Bytes of a chunk's weights.
 int chunk_bytes(const InvertedResidualParams& p, const BlockLayout& layout) {
   const int steps = p.expands ? expand_steps(p.stem, p.in_channels) : 0;
-  return packed_chunk_bytes(layout.chunk, layout.tiles, steps);
+  return packed_chunk_bytes(layout.chunk, layout.tiles, p.stem, steps);
+}
+
+ImageLoad image_load(const InvertedResidualParams& p) {
+  const auto aligned = [&](int64_t stride, int bytes) {
+    return stride * (p.image_dtype == DType::kFloat32 ? 4 : 2) % bytes == 0;
+  };
+  const auto start = reinterpret_cast<uintptr_t>(p.input);
+  const bool rows = p.image_dtype == p.dtype && p.in_channels == 3 && p.stride_c == 1 &&
+                    p.stride_w == 3 && p.stem_left % 2 == 1 && start % 16 == 0 &&
+                    aligned(p.stride_h, 16) && aligned(p.stride_n, 16);
+  if (rows) return ImageLoad::kRows;
+  const int pair = p.image_dtype == DType::kFloat32 ? 8 : 4;
+  const bool pairs = p.stride_w == 1 && p.width % 2 == 0 && start % pair == 0 &&
+                     aligned(p.stride_h, pair) && aligned(p.stride_c, pair) &&
+                     aligned(p.stride_n, pair);
+  return pairs ? ImageLoad::kPairs : ImageLoad::kPixels;
 }
 
 struct Choice {
@@ -109,7 +125,6 @@ cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stre
   a.units = Divider(a.k8 > 0 ? a.k8 : 1);
   a.halo_height = Divider((t.tile_h - 1) * p.stride + 3);
   a.halo_width = Divider((t.tile_w - 1) * p.stride + 3);
-  a.image_pairs = Divider(a.halo_width.divisor + 1);
   a.row_pixels = t.row_pixels;
   a.odd = t.odd;
   a.splits = t.splits;
@@ -129,6 +144,9 @@ cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stre
   a.stem_left = p.stem_left;
   a.image_pitch = t.image_pitch;
   a.image_dtype = p.image_dtype;
+  a.image_load = image_load(p);
+  // Two more than windows, for the pixel before them and an odd start.
+  a.image_pairs = Divider(a.halo_width.divisor + 2);
 
   a.image_step = p.stem ? p.stride_n : int64_t(p.height) * p.width * p.in_channels;
   const int64_t image_out = int64_t(p.out_h) * p.out_w * p.out_channels;

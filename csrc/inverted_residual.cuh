@@ -7,7 +7,8 @@
 //
 // The expanded map e lives in shared memory, kChunk channels at a time, and d in registers only.
 // The source is the input (1x1 expansion), or the 3x3 windows of stride 2 of an image (the stem of
-// the network), or e is the input itself (no expansion).
+// the network), which lies in shared memory as it does in device memory, or e is the input itself
+// (no expansion).
 //
 // Layouts: input and output NHWC, dense; the image has any strides; weights as pack of packing.py
 // lays them out (see PackedSizes).
@@ -25,17 +26,18 @@
 // instructions for 16 pixels x 8 channels, where FFMA takes 36 and 64 conversions (sums in float16,
 // by HFMA2, make the whole network 10 % faster but too inaccurate); the windows come by ldmatrix, a
 // row is read once for all its taps, and the result is, after clamping and packing, the A operand
-// of the projection.
+// of the projection. Biases are products with ones.
 //
 // Shared memory, in this order: the source of the tile with its halo (for the expansion and the
-// residual); weights of two chunks, or of one where there is no room; e (a pixel is kChunk * 2 + 16
-// bytes, an odd number of 16-byte units, so that ldmatrix finds 8 neighbours in different banks;
-// where a lane makes pixels of every second column, a row holds its even pixels first, then the odd
-// ones); where each pixel of the source goes in e. At the end the partial sums of a cluster's
-// blocks overlay all but the source.
+// residual); barriers, and weights of two chunks, or of one where there is no room; e (a pixel is
+// kChunk * 2 + 16 bytes, an odd number of 16-byte units, so that ldmatrix finds 8 neighbours in
+// different banks; where a lane makes pixels of every second column, a row holds its even pixels
+// first, then the odd ones); where each pixel of the source goes in e. At the end the partial sums
+// of a cluster's blocks overlay all but the source.
 //
-// Bound: tensor cores and shared-memory bandwidth at about equal parts; device memory only sees
-// input, output and the weights (from L2).
+// Bound: at large batches by instructions (half of the issue slots of an H100 are used, 60 to 75 %
+// of its shared-memory bandwidth, 30 to 45 % of its tensor cores), at small ones by chains of
+// dependent instructions; device memory only sees input, output and the weights (from L2).
 #pragma once
 
 #include <atomic>
@@ -90,6 +92,11 @@ __device__ __forceinline__ void mma_bias(float (&c)[4], const uint32_t (&one)[2]
   }
 }
 
+// As copy_async16, but only the first `bytes` of the 16 are copied, the others are zeros.
+__device__ __forceinline__ void copy_async_part(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
+}
+
 // As copy_async16, but through L1: for pieces that share 32-byte sectors.
 __device__ __forceinline__ void copy_async16_cached(uint32_t to, const void* from, bool inside) {
   const int bytes = inside ? 16 : 0;
@@ -116,10 +123,8 @@ __device__ __forceinline__ uint32_t load_shared4(uint32_t address) {
 __device__ __forceinline__ void store_shared4(uint32_t address, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
-__device__ __forceinline__ void load_floats4(float (&v)[4], uint32_t address) {
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
-               : "r"(address));
+__device__ __forceinline__ void store_shared2(uint32_t address, uint16_t v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
 }
 __device__ __forceinline__ void store_shared16(uint32_t address, const uint32_t (&v)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
@@ -138,26 +143,34 @@ __device__ __forceinline__ uint64_t opaque_address(const void* p) {
   return address;
 }
 
-// Element `offset` of an array in device memory that nobody writes, or 0.
-template <typename T>
-__device__ __forceinline__ T load_element(uint64_t base, int offset, bool valid) {
-  T value;
-  if constexpr (sizeof(T) == 4) {
-    uint32_t bits;
-    asm("{\n.reg .pred p;\n.reg .u64 at;\nsetp.ne.u32 p, %3, 0;\nmad.wide.s32 at, %2, 4, %1;\n"
-        "mov.u32 %0, 0;\n@p ld.global.nc.u32 %0, [at];\n}"
-        : "=r"(bits)
-        : "l"(base), "r"(offset), "r"(int(valid)));
-    memcpy(&value, &bits, 4);
-  } else {
+// kCount neighbours from element `offset` of an array in device memory that nobody writes, or
+// zeros.
+template <typename T, int kCount>
+__device__ __forceinline__ void load_elements(T (&values)[kCount], uint64_t base, int offset,
+                                              bool valid) {
+  if constexpr (sizeof(values) == 2) {
     uint16_t bits;
-    asm("{\n.reg .pred p;\n.reg .u64 at;\nsetp.ne.u32 p, %3, 0;\nmad.wide.s32 at, %2, 2, %1;\n"
+    asm("{\n.reg .pred p;\n.reg .u64 at;\nsetp.ne.u32 p, %3, 0;\nmad.wide.s32 at, %2, %4, %1;\n"
         "mov.u16 %0, 0;\n@p ld.global.nc.u16 %0, [at];\n}"
         : "=h"(bits)
-        : "l"(base), "r"(offset), "r"(int(valid)));
-    memcpy(&value, &bits, 2);
+        : "l"(base), "r"(offset), "r"(int(valid)), "n"(int(sizeof(T))));
+    memcpy(values, &bits, 2);
+  } else if constexpr (sizeof(values) == 4) {
+    uint32_t bits;
+    asm("{\n.reg .pred p;\n.reg .u64 at;\nsetp.ne.u32 p, %3, 0;\nmad.wide.s32 at, %2, %4, %1;\n"
+        "mov.u32 %0, 0;\n@p ld.global.nc.u32 %0, [at];\n}"
+        : "=r"(bits)
+        : "l"(base), "r"(offset), "r"(int(valid)), "n"(int(sizeof(T))));
+    memcpy(values, &bits, 4);
+  } else {
+    static_assert(sizeof(values) == 8);
+    uint64_t bits;
+    asm("{\n.reg .pred p;\n.reg .u64 at;\nsetp.ne.u32 p, %3, 0;\nmad.wide.s32 at, %2, %4, %1;\n"
+        "mov.u64 %0, 0;\n@p ld.global.nc.u64 %0, [at];\n}"
+        : "=l"(bits)
+        : "l"(base), "r"(offset), "r"(int(valid)), "n"(int(sizeof(T))));
+    memcpy(values, &bits, 8);
   }
-  return value;
 }
 
 template <typename T>
@@ -215,7 +228,42 @@ __device__ __forceinline__ void wait_for_input() {
 }
 // The next kernel in the stream may start, up to its wait_for_input.
 __device__ __forceinline__ void start_next() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+// Barriers that count the bytes of copies. One thread makes them and starts copies; the others may
+// wait after the next __syncthreads.
+constexpr bool kHasBulkCopies = __CUDA_ARCH__ < 1200;  // sm_120 would spill a register
+__device__ __forceinline__ void make_copy_barrier(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void publish_copy_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes,
+                                          uint32_t barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+// Until the copies of the barrier's phase of that parity have arrived.
+__device__ __forceinline__ void wait_copies(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nwait:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra wait;\n}" ::"r"(
+          barrier),
+      "r"(parity)
+      : "memory");
+}
 #else  // never launched with splits or before the kernel before it has finished there
+constexpr bool kHasBulkCopies = false;
+__device__ __forceinline__ void make_copy_barrier(uint32_t) {}
+__device__ __forceinline__ void publish_copy_barriers() {}
+__device__ __forceinline__ void copy_bulk(uint32_t, const void*, int, uint32_t) {}
+__device__ __forceinline__ void wait_copies(uint32_t, int) {}
 __device__ __forceinline__ void wait_for_input() {}
 __device__ __forceinline__ void start_next() {}
 __device__ __forceinline__ void cluster_sync() {}
@@ -244,12 +292,11 @@ struct BlockShape {
   static_assert(kStride * kCols <= 2);
 };
 
-// Row i of a group of rows of output that tile t of a warp has in its rows g (half 0) and g + 8
-// (half 1). Rows are paired so that what the windows of a pair read are whole operands, without
-// copies.
+// The row of output of a warp that tile t has in its rows g (half 0) and g + 8 (half 1). Rows are
+// paired so that what the windows of a pair read are whole operands, without copies.
 template <int kRows>
 __device__ __forceinline__ constexpr int output_row(int t, int half) {
-  return kRows == 1 ? half : t / 2 * 4 + t % 2 + 2 * half;
+  return t + half * kRows;
 }
 
 // One column of the windows of a warp: matrices of 8 pixels x 8 channels, a row of e each, as left
@@ -258,61 +305,64 @@ __device__ __forceinline__ constexpr int output_row(int t, int half) {
 template <typename Shape>
 struct DepthwiseColumn {
   static constexpr int kRows = Shape::kRows, kStride = Shape::kStride;
-  static constexpr int kGroups = kRows == 1 ? 1 : kRows / 2;  // of 4 rows of output
-  uint32_t quads[kGroups][2][4];
-  uint32_t pair[kGroups][2];
+  static constexpr int kQuads = kStride == 2 ? kRows : ceil_div(kRows + 2, 2);
+  // Pair j is rows j and j + kApart of the window; quad i is pairs 2i and 2i + 1.
+  static constexpr int kApart = kRows * kStride;
+  // The three pairs of a single tile of stride 1 overlap: rows 0 1 | 2 3, of which 1 2 are a pair.
+  static constexpr bool kOverlap = kStride == 1 && kRows == 1;
+  uint32_t quads[kQuads][4];
+  uint32_t last[2];  // stride 2: the pair behind the quads
 
-  // The row of e, from a group's first, that a lane addresses in a load of four matrices.
+  // The row of the window that a lane addresses in a load of four matrices.
   __device__ static int lane_row(int lane) {
     const int i = lane / 8;
-    if (kStride == 1 && kRows == 1) return i;
-    const int apart = kRows == 1 ? 2 : 2 * kStride;  // the rows of a pair
-    return (i & 1) * apart + i / 2;
+    return kOverlap ? i : (i & 1) * kApart + i / 2;
   }
 
   // `at`: this lane's row of the first load.
-  __device__ __forceinline__ void load(uint32_t at, int row_bytes) {
+  __device__ __forceinline__ void load(uint32_t at, uint32_t two_rows) {
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const uint32_t from = at + i * 4 * kStride * row_bytes;
-      load_matrices(quads[i][0], from);
-      if (kRows > 1) load_matrices(quads[i][1], from + 2 * row_bytes);
-      if (kStride == 2) {
-        load_two_matrices(pair[i][0], pair[i][1], from + (kRows == 1 ? 2 : 4) * row_bytes);
-      }
-    }
+    for (int i = 0; i < (kOverlap ? 1 : kQuads); ++i) load_matrices(quads[i], at + i * two_rows);
+    if (kStride == 2) load_two_matrices(last[0], last[1], at + kRows * two_rows);
   }
 
   // c += this column of the windows of tile t, times the taps of its three rows.
   template <typename T>
   __device__ __forceinline__ void add(float (&c)[4], int t, const uint32_t (&taps)[3]) const {
-    const auto& q0 = quads[t / 2][0];
-    const auto& q1 = quads[t / 2][1];
-    const auto& p = pair[t / 2];
-    if constexpr (kStride == 1 && kRows == 1) {
-      mma<T>(c, q0, taps[0], taps[2]);  // rows 0 1 | 2 3
-      mma_k8<T>(c, q0[1], q0[2], taps[1]);
-    } else if constexpr (kStride == 1) {
-      if (t % 2 == 0) {
-        mma<T>(c, q0, taps[0], taps[1]);  // rows 0 2 | 1 3
-        mma_k8<T>(c, q1[0], q1[1], taps[2]);
-      } else {
-        mma<T>(c, q1, taps[1], taps[2]);  // rows 2 4 | 3 5
-        mma_k8<T>(c, q0[2], q0[3], taps[0]);
-      }
-    } else if constexpr (kRows == 1) {
-      mma<T>(c, q0, taps[0], taps[1]);    // rows 0 2 | 1 3
-      mma_k8<T>(c, p[0], p[1], taps[2]);  // rows 2 4
+    const auto& quad = quads[(kStride == 2 ? 2 * t : t) / 2];  // of the first tap
+    if constexpr (kOverlap) {
+      mma<T>(c, quad, taps[0], taps[2]);
+      mma_k8<T>(c, quad[1], quad[2], taps[1]);
+    } else if (kStride == 1 && t % 2 == 1) {
+      const auto& next = quads[t / 2 + 1];
+      mma<T>(c, next, taps[1], taps[2]);
+      mma_k8<T>(c, quad[2], quad[3], taps[0]);
     } else {
-      mma<T>(c, t % 2 == 0 ? q0 : q1, taps[0], taps[1]);  // rows 0 4 | 1 5 and 2 6 | 3 7
-      if (t % 2 == 0) {
-        mma_k8<T>(c, q1[0], q1[1], taps[2]);
-      } else {
-        mma_k8<T>(c, p[0], p[1], taps[2]);  // rows 4 8
-      }
+      const bool behind = kStride == 2 && t == kRows - 1;
+      const auto& next = quads[behind ? 0 : (kStride == 2 ? t : t / 2) + 1];
+      mma<T>(c, quad, taps[0], taps[1]);
+      mma_k8<T>(c, behind ? last[0] : next[0], behind ? last[1] : next[1], taps[2]);
     }
   }
 };
+
+// Coordinates of a block and a thread, opaque to the compiler (the thread's not for sm_90), so that
+// what follows from them is computed anew at each use: it would keep more of that than there are
+// registers.
+__device__ __forceinline__ uint32_t block_index() {
+  uint32_t value;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(value));
+  return value;
+}
+__device__ __forceinline__ uint32_t thread_index() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+  uint32_t value;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(value));
+  return value;
+#else
+  return threadIdx.x;
+#endif
+}
 
 // Where a block's tile lies: its rank in the cluster, its images, its position among the tiles, and
 // in coordinates of e, where it starts, (top, left), and the part of it inside the map,
@@ -322,12 +372,11 @@ struct BlockPlace {
   int64_t image0;
 };
 
-// Opaque to the compiler, so that a second call computes it anew instead of keeping a dozen
-// registers for it.
-__device__ __forceinline__ BlockPlace find_place(const BlockArgs& a, int stride) {
+template <typename Shape>
+__device__ __forceinline__ BlockPlace find_place(const BlockArgs& a) {
+  constexpr int stride = Shape::kStride;
   BlockPlace p;
-  uint32_t block;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  uint32_t block = block_index();
   p.rank = block & (a.splits - 1);
   block >>= a.split_bits;
   uint32_t tile_x, tile_y;
@@ -347,27 +396,31 @@ __device__ __forceinline__ BlockPlace find_place(const BlockArgs& a, int stride)
   return p;
 }
 
-// The chunks [first, last) of this block: the first blocks of a cluster take those that do not
-// divide evenly. Opaque as find_place.
+// Pixels of a row of the source of `width`: where e has its even pixels first, one more if they are
+// odd, so that the two pixels of a phase of a store are always an even one and the next.
+template <typename Shape>
+__device__ __forceinline__ int row_of_source(int width) {
+  return Shape::kSplit ? width + (width & 1) : width;
+}
+
+// The chunks of this block: `count` from `first` on. The first blocks of a cluster take those that
+// do not divide evenly.
 struct ChunkRange {
-  int rank, first, last;
+  int rank, first, count;
 
   __device__ explicit ChunkRange(const BlockArgs& a) {
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(rank));
-    rank &= a.splits - 1;
+    rank = block_index() & (a.splits - 1);
     first = rank * a.chunks + min(rank, a.more_chunks);
-    last = first + a.chunks + (rank < a.more_chunks ? 1 : 0);
+    count = a.chunks + (rank < a.more_chunks ? 1 : 0);
   }
 };
 
-// This thread's warp, its lane in it, and that as row g and column pair q of a tile. Opaque as
-// find_place.
+// This thread's warp, its lane in it, and that as row g and column pair q of a tile.
 struct Lane {
   int warp, lane, g, q;
 
   __device__ Lane() {
-    uint32_t thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    const uint32_t thread = thread_index();
     warp = thread / 32;
     lane = thread % 32;
     g = thread % 32 / 4;
@@ -375,24 +428,23 @@ struct Lane {
   }
 };
 
-// The packed weights of this block's slice of output channels. Opaque as find_place.
+// The packed weights of this block's slice of output channels.
 __device__ __forceinline__ const unsigned char* slice_weights(const BlockArgs& a) {
-  uint32_t slice;
+  uint32_t slice;  // opaque: computed anew where it is needed, rather than kept in two registers
   asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(slice));
   return static_cast<const unsigned char*>(a.packed) + slice * a.slice_bytes;
 }
 
-// Which pixels of its block's tile a warp makes: an image, and the first row and column. Opaque as
-// find_place.
+// Which pixels of its block's tile a warp makes: an image, and the first row and column.
+template <typename Shape>
 struct WarpPlace {
   int image, row, column;
 
-  __device__ WarpPlace(const BlockArgs& a, int rows, int columns) {
-    uint32_t thread, x, y;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    image = a.warps_y.divide(a.warps_x.divide(thread / 32, x), y);
-    row = y * rows;
-    column = x * columns;
+  __device__ explicit WarpPlace(const BlockArgs& a) {
+    uint32_t x, y;
+    image = a.warps_y.divide(a.warps_x.divide(threadIdx.x / 32, x), y);
+    row = y * 2 * Shape::kRows;
+    column = x * 8 * Shape::kCols;
   }
 };
 
@@ -416,13 +468,12 @@ __device__ __forceinline__ void store_expanded(const PackedClamp<T>& clamp, cons
 }
 
 // The expansion of the tile for one chunk, with its weights in registers. kUnits are the units of
-// 8 source channels, or 6 for the windows of an image.
+// 8 source channels.
 template <typename T, typename Shape, int kUnits>
 __device__ __forceinline__ void expand_resident(const PackedClamp<T>& clamp, uint32_t fragments,
                                                 uint32_t bias, uint32_t rows, int row_step,
                                                 uint32_t table, int tiles, int warp, int warps,
-                                                int g_row, int my_row, int my_unit, int q,
-                                                const uint32_t (&one)[2]) {
+                                                int g_row, int q, const uint32_t (&one)[2]) {
   constexpr int kPairs = Shape::kPairs, kSteps = ceil_div(kUnits, 2);
   uint4 b[kSteps][kPairs];
 #pragma unroll
@@ -435,18 +486,10 @@ __device__ __forceinline__ void expand_resident(const PackedClamp<T>& clamp, uin
   for (int j = 0; j < 2 * kPairs; ++j) biases[j] = load_shared4(bias + j * 128);
 #pragma unroll 1
   for (int t = warp; t < tiles; t += warps) {
-    // For an image, `rows` is a table of addresses and `row_step` leads from one row of the window
-    // to the next; else pixels are `row_step` bytes apart.
-    uint32_t row;
-    if constexpr (Shape::kImage) {
-      row = load_shared4(rows + (t * 16 + my_row) * 4) + my_unit * 16;
-    } else {
-      row = rows + t * 16 * row_step;
-    }
     uint32_t f[kSteps][4];
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      const uint32_t at = row + s * (Shape::kImage ? row_step : 32);
+      const uint32_t at = rows + t * 16 * row_step + s * 32;
       if (2 * s + 1 < kUnits) {
         load_matrices(f[s], at);
       } else {  // the last 8 of an odd number
@@ -479,6 +522,129 @@ __device__ __forceinline__ void expand_resident(const PackedClamp<T>& clamp, uin
   }
 }
 
+// The same where the source is an image: k is 3 rows of 10 elements of the image, one before the
+// window and the 9 of it, then the bias. A lane's operands are pairs of them, 4 bytes at a time.
+template <typename T, typename Shape>
+__device__ __forceinline__ void expand_image(const PackedClamp<T>& clamp, uint32_t fragments,
+                                             uint32_t windows, int image_pitch, uint32_t table,
+                                             int tiles, int warp, int warps, int g_row, int q,
+                                             uint32_t ones) {
+  constexpr int kPairs = Shape::kPairs;
+  uint4 b[2][kPairs];
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) b[s][p] = load_shared16(fragments + (s * kPairs + p) * 512);
+  }
+  int at[4];  // of this lane's pairs of a window; the last one of lane 3 is a pair of ones
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int pair = min(4 * i + q, 14);
+    at[i] = pair / 5 * image_pitch + pair % 5 * 4;
+  }
+#pragma unroll 1
+  for (int t = warp; t < tiles; t += warps) {
+    const uint32_t entry = (t * 16 + g_row) * 4;
+    const uint32_t window0 = load_shared4(windows + entry);
+    const uint32_t window1 = load_shared4(windows + entry + 32);
+    uint32_t f[2][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      f[i / 2][i % 2 * 2] = load_shared4(window0 + at[i]);
+      f[i / 2][i % 2 * 2 + 1] = load_shared4(window1 + at[i]);
+    }
+    if (q == 3) f[1][2] = f[1][3] = ones;
+    const uint32_t pixel0 = load_shared4(table + entry);
+    const uint32_t pixel1 = load_shared4(table + entry + 32);
+#pragma unroll
+    for (int p0 = 0; p0 < kPairs; p0 += 2) {
+      const int count = p0 + 2 <= kPairs ? 4 : 2;
+      float e[4][4] = {};
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+#pragma unroll
+        for (int p = 0; p < count / 2; ++p) {
+          mma<T>(e[2 * p], f[s], b[s][p0 + p].x, b[s][p0 + p].y);
+          mma<T>(e[2 * p + 1], f[s], b[s][p0 + p].z, b[s][p0 + p].w);
+        }
+      }
+      store_expanded<T>(clamp, e, count, pixel0 + p0 * 32, pixel1 + p0 * 32, q);
+    }
+  }
+}
+
+// Copies `rows` rows of an image, from row0 on, to shared memory at `to`, with zeros outside the
+// image. Of a row, pixel column0 - 1 + i goes to kImageLead + 6 i bytes: windows read the element
+// before their first pixel.
+template <typename T, typename Pixel, bool kPairs>
+__device__ void load_image(const BlockArgs& a, const Pixel* image, uint32_t to, int row0,
+                           int column0, int rows) {
+  const uint64_t channels[3] = {opaque_address(image), opaque_address(image + a.stride_c),
+                                opaque_address(image + int64_t(2) * a.stride_c)};
+  const int threads = blockDim.x, count = rows * int(a.image_pairs.divisor);
+  const int first = column0 % 2 == 0 ? -2 : -1;  // pairs of pixels start at even columns
+  constexpr int kAtOnce = 4;                     // whose loads fly together
+  for (int start = threadIdx.x; start < count; start += kAtOnce * threads) {
+    Pixel value[kAtOnce][3][2];
+    uint32_t at[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      uint32_t pair;
+      const int r = a.image_pairs.divide(min(start + u * threads, count - 1), pair);
+      const int p = first + 2 * int(pair);
+      const int y = row0 + r, x = column0 + p;
+      const int from = y * a.stride_h + x * a.stride_w;
+      at[u] = to + r * a.image_pitch + kImageLead + (p + 1) * 6;
+#pragma unroll
+      for (int k = 0; k < 3; ++k) {
+        const bool real = unsigned(y) < unsigned(a.height) && k < a.in_channels;
+        if constexpr (kPairs) {
+          load_elements(value[u][k], channels[k], from, real && unsigned(x) < unsigned(a.width));
+        } else {
+#pragma unroll
+          for (int v = 0; v < 2; ++v) {
+            Pixel one[1];
+            load_elements(one, channels[k], from + v * a.stride_w,
+                          real && unsigned(x + v) < unsigned(a.width));
+            value[u][k][v] = one[0];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      T elements[6];
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+#pragma unroll
+        for (int k = 0; k < 3; ++k) {
+          if constexpr (std::is_same_v<Pixel, T>) {
+            elements[3 * v + k] = value[u][k][v];
+          } else {
+            elements[3 * v + k] = from_float<T>(to_float(value[u][k][v]));
+          }
+        }
+      }
+      if (first == -1) {  // 4-byte aligned
+        uint32_t words[3];
+        memcpy(words, elements, 12);
+#pragma unroll
+        for (int i = 0; i < 3; ++i) store_shared4(at[u] + i * 4, words[i]);
+      } else {
+        uint16_t ends[2];
+        uint32_t words[2];
+        memcpy(&ends[0], elements, 2);
+        memcpy(words, elements + 1, 8);
+        memcpy(&ends[1], elements + 5, 2);
+        store_shared2(at[u], ends[0]);
+        store_shared4(at[u] + 2, words[0]);
+        store_shared4(at[u] + 6, words[1]);
+        store_shared2(at[u] + 10, ends[1]);
+      }
+    }
+  }
+}
+
 // Source pixels of at most this many units are copied by one thread each.
 constexpr int kFewUnits = 4;
 
@@ -493,14 +659,14 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   const int threads = blockDim.x, warps = threads / 32;
 
   // 1. Where the tile lies.
-  const BlockPlace place = find_place(a, kStride);
+  const BlockPlace place = find_place<Shape>(a);
   const int images = place.images;
   const int64_t image0 = place.image0;
   const int eh = (a.tile_h - 1) * kStride + 3, ew = (a.tile_w - 1) * kStride + 3;
   const int row_bytes = a.row_pixels * kPitch;
   const int top = place.top, left = place.left;
   const int y0 = place.y0, y1 = place.y1, x0 = place.x0, x1 = place.x1;
-  const int vw = x1 - x0, vh = y1 - y0;
+  const int vw = row_of_source<Shape>(x1 - x0), vh = y1 - y0;
   const int pixels = images * vh * vw;
   constexpr int kM = 16 * Shape::kPixelTiles;
   const int m_tiles = ceil_div(pixels, kM) * Shape::kPixelTiles;
@@ -509,19 +675,37 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   const uint32_t table = shared0 + a.table_offset;  // [pixel of the source] its address in e
   const int pitch_in = (a.k8 | 1) * 16;             // bytes of a source pixel
 
-  const auto load_weights = [&](int c) {
-    const unsigned char* const from = slice_weights(a) + int64_t(c) * a.blob_bytes;
-    const uint32_t stage = shared0 + a.weights_offset + (c & (a.stages - 1)) * a.blob_bytes;
+  const uint32_t copied = shared0 + a.weights_offset - 16;  // a barrier for each stage of weights
+  const auto load_weights = [&](int c) {                    // of the c-th chunk of this block
+    if (kHasBulkCopies && threadIdx.x > 0) return;
+    const unsigned char* const from =
+        slice_weights(a) + int64_t(ChunkRange(a).first + c) * a.blob_bytes;
+    const int stage = c & (a.stages - 1);
+    const uint32_t to = shared0 + a.weights_offset + stage * a.blob_bytes;
+    if constexpr (kHasBulkCopies) {
+      copy_bulk(to, from, a.blob_bytes, copied + stage * 8);
+    } else {
 #pragma unroll 2
-    for (int i = threadIdx.x * 16; i < a.blob_bytes; i += threads * 16) {
-      copy_async16(stage + i, from + i, true);
+      for (int i = threadIdx.x * 16; i < a.blob_bytes; i += threads * 16) {
+        copy_async16(to + i, from + i, true);
+      }
     }
   };
 
+  // An image: its first row and column that windows read, and where in a row of shared memory the
+  // pixel before that column lies. Copies of whole rows keep the alignment of device memory.
+  const int image_y = 2 * top - a.stem_top, image_x = 2 * left - a.stem_left;
+  const int image_lead = a.image_load == ImageLoad::kRows ? (image_x - 1) * 6 & 15 : kImageLead;
+
   // 2. On their way: weights of the first chunk, and the source. Where its pixels go in e; zeros
   // where e is outside the map, which every chunk leaves alone.
+  if (kHasBulkCopies && threadIdx.x == 0) {
+    make_copy_barrier(copied);
+    make_copy_barrier(copied + 8);
+    publish_copy_barriers();
+  }
   wait_for_input();
-  load_weights(ChunkRange(a).first);
+  load_weights(0);
   const T* const input = static_cast<const T*>(a.input);
   for (int p = threadIdx.x; p < a.images * eh * ew; p += threads) {
     uint32_t x, line_y;
@@ -538,8 +722,9 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     const int m = (image * vh + y - y0) * vw + column - x0;
     store_shared4(table + m * 4, pixel);
     if constexpr (Shape::kImage) {
-      store_shared4(table + (m_tiles * 16 + m) * 4,
-                    source + (image * (2 * eh + 1) + 2 * line_y) * a.image_pitch + x * 16);
+      store_shared4(
+          table + (m_tiles * 16 + m) * 4,
+          source + (image * (2 * eh + 1) + 2 * line_y) * a.image_pitch + image_lead + 4 + x * 12);
     } else if (a.k8 <= kFewUnits) {
       const T* const from =
           input + (image0 + image) * a.image_step + (y * a.width + column) * a.in_channels;
@@ -551,84 +736,55 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       }
     }
   }
-  for (int m = pixels + threadIdx.x; m < m_tiles * 16; m += threads) {
+  const auto skip_pixel = [&](int m) {
     store_shared4(table + m * 4, expanded + a.images * eh * row_bytes);  // a pixel nobody reads
     if constexpr (Shape::kImage) store_shared4(table + (m_tiles * 16 + m) * 4, source);
+  };
+  for (int m = pixels + threadIdx.x; m < m_tiles * 16; m += threads) skip_pixel(m);
+  if (vw > x1 - x0) {
+    for (int line = threadIdx.x; line < images * vh; line += threads) {
+      skip_pixel(line * vw + x1 - x0);
+    }
   }
   if constexpr (Shape::kImage) {
-    // As 4-channel pixels: k of a row of the window is 4 pixels x 4 channels, of which the last
-    // pixel and the last channel have weight 0.
-    const int pairs = ew + 1, rows = 2 * eh + 1;  // of pixels
-    const int row0 = 2 * top - a.stem_top, column0 = 2 * left - a.stem_left;
-    const auto load_image = [&](auto zero, auto four) {
-      using Pixel = decltype(zero);
-      constexpr bool kFour = decltype(four)::value;
-      for (int image = 0; image < images; ++image) {
-        const Pixel* const first =
-            static_cast<const Pixel*>(a.input) + (image0 + image) * a.image_step;
-        const uint64_t channels[4] = {opaque_address(first), opaque_address(first + a.stride_c),
-                                      opaque_address(first + int64_t(2) * a.stride_c),
-                                      opaque_address(first + int64_t(3) * a.stride_c)};
-        const uint32_t image_to = source + image * rows * a.image_pitch;
-        constexpr int kAtOnce = 4;  // pairs of neighbours of a thread whose loads fly together
-        for (int start = threadIdx.x; start < rows * pairs; start += kAtOnce * threads) {
-          Pixel value[kAtOnce][2][4];
-          uint32_t to[kAtOnce];
-#pragma unroll
-          for (int u = 0; u < kAtOnce; ++u) {
-            const int i = min(start + u * threads, rows * pairs - 1);
-            uint32_t pair;
-            const int r = a.image_pairs.divide(i, pair);
-            const int y = row0 + r, x = column0 + 2 * int(pair);
-            const int at = y * a.stride_h + x * a.stride_w;
-            to[u] = image_to + r * a.image_pitch + pair * 16;
-#pragma unroll
-            for (int v = 0; v < 2; ++v) {
-              const bool inside =
-                  unsigned(y) < unsigned(a.height) && unsigned(x + v) < unsigned(a.width);
-#pragma unroll
-              for (int k = 0; k < 4; ++k) {
-                value[u][v][k] = from_float<Pixel>(0.0f);
-                if (k == 3 && !kFour) continue;
-                value[u][v][k] = load_element<Pixel>(channels[k], at + v * a.stride_w,
-                                                     inside && (kFour || k < a.in_channels));
-              }
+    const int rows = 2 * eh + 1;
+    for (int image = 0; image < images; ++image) {
+      const int64_t from = (image0 + image) * a.image_step;
+      const uint32_t to = source + image * rows * a.image_pitch;
+      const auto load = [&](auto zero) {
+        using Pixel = decltype(zero);
+        const Pixel* const first = static_cast<const Pixel*>(a.input) + from;
+        if (a.image_load == ImageLoad::kPairs) {
+          load_image<T, Pixel, true>(a, first, to, image_y, image_x, rows);
+        } else {
+          load_image<T, Pixel, false>(a, first, to, image_y, image_x, rows);
+        }
+      };
+      if (a.image_load == ImageLoad::kRows) {
+        // 16 threads a row, 16 bytes each at a time.
+        for (int at = threadIdx.x % 16 * 16; at < a.image_pitch; at += 256) {
+          const int column = (image_x - 1) * 6 - image_lead + at;
+          const int real = column < 0 ? 0 : max(min(a.width * 6 - column, 16), 0);
+          int r = threadIdx.x / 16;
+          uint32_t row = to + r * a.image_pitch + at;
+          const T* p = input + from + (image_y + r) * int64_t(a.stride_h) + column / 2;
+          for (; r < rows; r += threads / 16) {
+            if (real > 0 && unsigned(image_y + r) < unsigned(a.height)) {
+              copy_async_part(row, p, real);
+            } else {
+              store_shared16(row, {0, 0, 0, 0});
             }
-          }
-#pragma unroll
-          for (int u = 0; u < kAtOnce; ++u) {
-            T pixels2[8];
-#pragma unroll
-            for (int v = 0; v < 2; ++v) {
-#pragma unroll
-              for (int k = 0; k < 4; ++k) {
-                if constexpr (std::is_same_v<Pixel, T>) {
-                  pixels2[4 * v + k] = value[u][v][k];
-                } else {
-                  pixels2[4 * v + k] = from_float<T>(to_float(value[u][v][k]));
-                }
-              }
-            }
-            uint32_t words[4];
-            memcpy(words, pixels2, 16);
-            store_shared16(to[u], words);
+            row += threads / 16 * a.image_pitch;
+            p += threads / 16 * a.stride_h;
           }
         }
-      }
-    };
-    const auto load_channels = [&](auto zero) {
-      if (a.in_channels == 4) {
-        load_image(zero, std::true_type{});
+      } else if (a.image_dtype == DType::kFloat32) {
+        load(float{});
+      } else if (a.image_dtype == DType::kFloat16) {
+        load(__half{});
       } else {
-        load_image(zero, std::false_type{});
+        load(__nv_bfloat16{});
       }
-    };
-    if (a.image_dtype == DType::kFloat32) {
-      load_channels(float{});
-    } else if (a.image_dtype == DType::kFloat16) {
-      load_channels(__half{});
-    } else {
-      load_channels(__nv_bfloat16{});
     }
   } else if (a.k8 > kFewUnits) {
 #pragma unroll 1
@@ -651,7 +807,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 
   // 3. What a warp reads of e.
   const PackedClamp<T> clamp(a.act);
-  const WarpPlace place_of_warp(a, 2 * kRows, 8 * kCols);
+  const WarpPlace<Shape> place_of_warp(a);
   const uint32_t window = expanded +
                           (place_of_warp.image * eh + place_of_warp.row * kStride +
                            DepthwiseColumn<Shape>::lane_row(threadIdx.x % 32)) *
@@ -670,15 +826,15 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   };
 
   // Sums start from the bias of the projection.
-  const ChunkRange chunks(a);
-  constexpr PackedSizes kSizes = packed_sizes(kChunk, kTiles);
+  constexpr PackedSizes kSizes = packed_sizes(kChunk, kTiles, Shape::kImage);
   float acc[kOutTiles][kTiles][4];
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
     const float* const at =
         reinterpret_cast<const float*>(slice_weights(a) + a.slice_bytes - kTiles * 32) + j * 8 +
         threadIdx.x % 4 * 2;
-    const float2 bias = chunks.rank == 0 ? __ldg(reinterpret_cast<const float2*>(at)) : float2{};
+    const float2 bias =
+        ChunkRange(a).rank == 0 ? __ldg(reinterpret_cast<const float2*>(at)) : float2{};
 #pragma unroll
     for (int t = 0; t < kOutTiles; ++t) {
       acc[t][j][0] = acc[t][j][2] = bias.x;
@@ -687,16 +843,18 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   }
 
 #pragma unroll 1
-  for (int c = chunks.first; c < ChunkRange(a).last; ++c) {
-    if (a.stages == 1 && c > ChunkRange(a).first) {
+  for (int c = 0; c < ChunkRange(a).count; ++c) {
+    if (a.stages == 1 && c > 0) {
       __syncthreads();  // nobody reads the last chunk's weights any more
       load_weights(c);
       copy_async_commit();
     }
     copy_async_wait<0>();
     __syncthreads();  // weights and source are there; nobody reads e or the other weights any more
-    const uint32_t weights = shared0 + a.weights_offset + (c & (a.stages - 1)) * a.blob_bytes;
-    if (a.stages == 2 && c + 1 < ChunkRange(a).last) {
+    const int stage = c & (a.stages - 1);
+    const uint32_t weights = shared0 + a.weights_offset + stage * a.blob_bytes;
+    if (kHasBulkCopies) wait_copies(copied + stage * 8, c >> (a.stages - 1) & 1);
+    if (a.stages == 2 && c + 1 < ChunkRange(a).count) {
       load_weights(c + 1);
       copy_async_commit();
     }
@@ -706,44 +864,43 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     const uint32_t expand_fragments = weights + kSizes.fixed + lane * 16;
     const uint32_t expand_bias = weights + kSizes.expand_bias + lane * 4;
     // Left operand of mma_bias. Opaque, so that the compiler does not copy a pair for each use.
+    constexpr uint32_t two_ones = std::is_same_v<T, __half> ? 0x3C003C00u : 0x3F803F80u;
     uint32_t one[2];
-    asm volatile("mov.b32 %0, %1;"
-                 : "=r"(one[0])
-                 : "r"(q == 0 ? (std::is_same_v<T, __half> ? 0x3C003C00u : 0x3F803F80u) : 0u));
+    asm volatile("mov.b32 %0, %1;" : "=r"(one[0]) : "r"(q == 0 ? two_ones : 0u));
     asm volatile("mov.b32 %0, %1;" : "=r"(one[1]) : "r"(one[0]));
 
     // 4. Expand.
     if (!Shape::kImage && a.k8 == 0) {
-      const BlockPlace here = find_place(a, kStride);
+      const BlockPlace here = find_place<Shape>(a);
       const int width = here.x1 - here.x0, height = here.y1 - here.y0;
+      const int step = row_of_source<Shape>(width);
+      const int channel0 = (ChunkRange(a).first + c) * kChunk;
       for (int line = warp; line < here.images * height; line += warps) {
         const int image = line / height;
         const T* const from = static_cast<const T*>(a.input) +
                               ((here.image0 + image) * a.height + here.y0 + line - image * height) *
                                   int64_t(a.width) * a.in_channels +
-                              here.x0 * a.in_channels + c * kChunk;
+                              here.x0 * a.in_channels + channel0;
         constexpr int kUnits = kChunk / 8;
         for (int i = lane; i < width * kUnits; i += 32) {
           const int x = i / kUnits, unit = i % kUnits;
-          const bool real = c * kChunk + unit * 8 < a.in_channels;
-          copy_async16(load_shared4(table + (line * width + x) * 4) + unit * 16,
+          const bool real = channel0 + unit * 8 < a.in_channels;
+          copy_async16(load_shared4(table + (line * step + x) * 4) + unit * 16,
                        from + x * a.in_channels + (real ? unit * 8 : 0), real);
         }
       }
       copy_async_commit();
       copy_async_wait<0>();
     } else if constexpr (Shape::kImage) {
-      expand_resident<T, Shape, 6>(clamp, expand_fragments, expand_bias, table + m_tiles * 64,
-                                   a.image_pitch, table, m_tiles, warp, warps, g_row, my_row,
-                                   my_unit, q, one);
+      expand_image<T, Shape>(clamp, expand_fragments, table + m_tiles * 64, a.image_pitch, table,
+                             m_tiles, warp, warps, g_row, q, two_ones);
     } else if constexpr (Shape::kResident) {
       const auto expand = [&](auto units) {
         constexpr int kUnits = decltype(units)::value;
         // The last unit of an odd number is loaded by half of the lanes.
         const uint32_t rows = source + my_row * pitch_in + my_unit * 16;
         expand_resident<T, Shape, kUnits>(clamp, expand_fragments, expand_bias, rows, pitch_in,
-                                          table, m_tiles, warp, warps, g_row, my_row, my_unit, q,
-                                          one);
+                                          table, m_tiles, warp, warps, g_row, q, one);
       };
       if (a.k8 == 1) {
         expand(std::integral_constant<int, 1>{});
@@ -796,38 +953,48 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     __syncthreads();
 
     // 5. Depthwise and projection, 16 expanded channels at a time. The diagonal matrices: lane (g,
-    // q) holds row 2q (low half) and 2q + 1 (high half) of column g, so the lanes with q == g / 2
-    // hold the taps of channel g, in the half that they are packed in.
-    const bool on_diagonal = q == g >> 1;
+    // q) holds row 2q (low half) and 2q + 1 (high half) of column g, so of 4 lanes one holds taps,
+    // in the half that they are packed in, and three hold zeros. So that two units of 8 channels
+    // share the loads of their taps, the columns of the second are 2 channels off: its taps are in
+    // the lanes next to those of the first. (The weights of the projection are packed in that
+    // order.)
+    const int turned = (lane + 8) % 32;
+    const bool holds[2] = {q == g / 2, q == turned / 8};
+    const int tap_channel = holds[1] ? 8 + turned / 4 : g;
     const uint32_t project_fragments = weights + kSizes.project + lane * 16;
+    uint32_t window_at = window;
 #pragma unroll 1
-    for (int s = 0; s < kPairs; ++s) {
+    for (int s = 0; s < kPairs; ++s, window_at += 32) {
       uint32_t d[kOutTiles][4];
+      uint32_t pair_taps[3][3];  // [column of the window][row]
+      const uint32_t taps_at = weights + kSizes.depthwise + s * kSizes.depthwise_pair;
+      {
+        const uint4 w0 = load_shared16(taps_at + tap_channel * 16);
+        const uint4 w1 = load_shared16(taps_at + 256 + tap_channel * 16);
+        pair_taps[0][0] = w0.x, pair_taps[0][1] = w0.y, pair_taps[0][2] = w0.z;
+        pair_taps[1][0] = w0.w, pair_taps[1][1] = w1.x, pair_taps[1][2] = w1.y;
+        pair_taps[2][0] = w1.z, pair_taps[2][1] = w1.w;
+        pair_taps[2][2] = load_shared4(taps_at + 512 + tap_channel * 4);
+      }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int unit = 2 * s + h;
-        const uint32_t taps_at = weights + kSizes.depthwise + unit * kSizes.depthwise_unit;
-        uint32_t taps[3][3] = {};  // [column of the window][row]
-        if (on_diagonal) {
-          const uint4 w0 = load_shared16(taps_at + g * 16);
-          const uint4 w1 = load_shared16(taps_at + 128 + g * 16);
-          taps[0][0] = w0.x, taps[0][1] = w0.y, taps[0][2] = w0.z, taps[1][0] = w0.w;
-          taps[1][1] = w1.x, taps[1][2] = w1.y, taps[2][0] = w1.z, taps[2][1] = w1.w;
-          taps[2][2] = load_shared4(taps_at + 256 + g * 4);
-        }
+        const uint32_t bias = load_shared4(taps_at + 576 + h * 128 + (h == 0 ? lane : turned) * 4);
         float v[kCols][kRows][4];
 #pragma unroll
         for (int k = 0; k < Shape::kInCols; ++k) {
           DepthwiseColumn<Shape> column;
-          column.load(window + unit * 16 + column_at(k), row_bytes);
+          column.load(window_at + h * 16 + column_at(k), 2 * row_bytes);
 #pragma unroll
           for (int x = 0; x < kCols; ++x) {
             const int j = k - kStride * x;  // column of the window
             if (j < 0 || j > 2) continue;
+            const uint32_t taps[3] = {holds[h] ? pair_taps[j][0] : 0u,
+                                      holds[h] ? pair_taps[j][1] : 0u,
+                                      holds[h] ? pair_taps[j][2] : 0u};
 #pragma unroll
             for (int y = 0; y < kRows; ++y) {
-              if (j == 0) load_floats4(v[x][y], taps_at + 288 + q * 16);
-              column.template add<T>(v[x][y], y, taps[j]);
+              if (j == 0) mma_bias<T>(v[x][y], one, bias);
+              column.template add<T>(v[x][y], y, taps);
               if (j == 2) {
                 d[x * kRows + y][2 * h] = clamp(v[x][y][0], v[x][y][1]);
                 d[x * kRows + y][2 * h + 1] = clamp(v[x][y][2], v[x][y][3]);
@@ -860,8 +1027,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 
   // 6. Output. Groups of 4, 2 and 1 tiles: a lane has 8, 4 or 2 consecutive channels of each.
   constexpr int kGroups = ceil_div(kTiles, 4);
-  const BlockPlace here = find_place(a, kStride);
-  const WarpPlace warp_here(a, 2 * kRows, 8 * kCols);
+  const BlockPlace here = find_place<Shape>(a);
+  const WarpPlace<Shape> warp_here(a);
   const Lane me;
   const int warp = me.warp, lane = me.lane, g = me.g, q = me.q;
   const int warp_image = warp_here.image;
@@ -886,10 +1053,10 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       v[2 * i + 1] = value(i, 1);
     }
     const int at = (oy * a.out_w + ox) * a.out_channels + channel0 + channel;
-    if (a.residual) {
+    if (kStride == 1 && !Shape::kImage && a.residual) {
       float r[2 * kGroup];
       if (a.k8 > 0) {
-        const int width = here.x1 - here.x0;
+        const int width = row_of_source<Shape>(here.x1 - here.x0);
         const int m = (warp_image * (here.y1 - here.y0) + oy - here.y0) * width + ox - here.x0;
         load_floats<T, 2 * kGroup>(
             reinterpret_cast<const T*>(shared + m * pitch_in) + channel0 + channel, r);

@@ -85,7 +85,7 @@ struct InvertedResidualParams {
   int stride;
   int pad_top, pad_left;
   bool expands;             // false: there is no expansion, expanded == in_channels
-  bool stem;                // the expansion is a 3x3 convolution of stride 2 of at most 4 channels
+  bool stem;                // the expansion is a 3x3 convolution of stride 2 of at most 3 channels
   int stem_top, stem_left;  // its padding
   int64_t stride_n;         // element strides of its image
   int stride_h, stride_w, stride_c;

@@ -59,7 +59,7 @@ int main(int argc, char** argv) {
   const int chunks = (p.expanded + layout.chunk - 1) / layout.chunk;
   const int bytes =
       output_slices(p.out_channels) *
-      (chunks * packed_chunk_bytes(layout.chunk, layout.tiles, steps) + layout.tiles * 32);
+      (chunks * packed_chunk_bytes(layout.chunk, layout.tiles, p.image, steps) + layout.tiles * 32);
   std::printf("layout     tiles=%d chunk=%d bytes=%d\n", layout.tiles, layout.chunk, bytes);
   BlockTile best{};
   if (!choose_block_tile(p, device, best)) {

@@ -72,10 +72,10 @@ def unfragment(words, tiles, k):
 
 def unpack(packed, source, expanded, out, tiles, chunk, slices=1, stem=False):
     """The tensors of `weights` from `packed`, read as the kernel reads it."""
-    steps = 0 if source is None else 3 if stem else math.ceil(source / 16)
+    steps = 0 if source is None else 2 if stem else math.ceil(source / 16)
     chunks = math.ceil(expanded / chunk)
-    unit_words = 176
-    sizes = [chunk // 16 * tiles * 128, chunk // 8 * unit_words, chunk // 8 * 64]
+    pair_words = 416
+    sizes = [chunk // 16 * tiles * 128, chunk // 16 * pair_words, 0 if stem else chunk // 8 * 64]
     sizes.append(steps * chunk // 16 * 256)
     blob = sum(sizes)
     per_slice = chunks * blob + tiles * 16
@@ -89,6 +89,8 @@ def unpack(packed, source, expanded, out, tiles, chunk, slices=1, stem=False):
     project_bias = torch.full((slices * tiles * 8,), math.nan)
     order = [(i, j) for j in range(3) for i in range(3)]
     columns, out_columns = lane_columns(chunk // 8), lane_columns(tiles)
+    # Where the depthwise convolution has each channel: those of odd units of 8 are 2 columns off.
+    depthwise_columns = [k - k % 8 + (k % 8 - k // 8 % 2 * 2) % 8 for k in range(chunk)]
     for s in range(slices):
         part = packed[s * per_slice : (s + 1) * per_slice]
         for c in range(chunks):
@@ -96,25 +98,21 @@ def unpack(packed, source, expanded, out, tiles, chunk, slices=1, stem=False):
             here = slice(c * chunk, (c + 1) * chunk)
             rows = unfragment(words[0], tiles, chunk)
             for n, channel in enumerate(out_columns):
-                project[s * tiles * 8 + channel, here] = rows[n]
-            for u, unit in enumerate(words[1].view(-1, unit_words)):
-                for lane_channel in range(8):
-                    channel = c * chunk + u * 8 + lane_channel
-                    low = unit[:144]
-                    parts = low[:64].view(8, 4, 2), low[64:128].view(8, 4, 2)
-                    last = low[128:144].view(8, 1, 2)
-                    entry = torch.cat([*(p[lane_channel] for p in parts), last[lane_channel]])
-                    parity = lane_channel % 2
-                    assert not entry[:, 1 - parity].any()
-                    values = entry[:, parity]
-                    floats = unit[144:].view(torch.float32).view(4, 2, 2)
-                    assert torch.equal(floats[:, 0], floats[:, 1])
-                    bias[channel] = floats[lane_channel // 2, 0, lane_channel % 2]
-                    for (i, j), value in zip(order, values, strict=True):
-                        taps[channel, i, j] = value
-            biases = words[2].view(chunk // 8, 8, 4, 2)  # [n tile][column][q][k]
+                project[s * tiles * 8 + channel, here] = rows[n][depthwise_columns]
+            for u, pair in enumerate(words[1].view(-1, pair_words)):
+                parts = pair[:128].view(16, 4, 2), pair[128:256].view(16, 4, 2)
+                entries = torch.cat([*parts, pair[256:288].view(16, 1, 2)], 1)
+                biases = pair[288:].view(16, 4, 2)  # [column][q][k]
+                assert not biases[:, 1:].any()
+                for i in range(16):
+                    channel, parity = c * chunk + u * 16 + i, i % 2
+                    assert not entries[i, :, 1 - parity].any()
+                    bias[channel] = biases[i, 0].float().sum()  # rounded, and what that lost
+                    for (y, x), value in zip(order, entries[i, :, parity], strict=True):
+                        taps[channel, y, x] = value
+            biases = words[2].view(-1, 8, 4, 2)  # [n tile][column][q][k]
             assert not biases[..., 1:, :].any()
-            for n, channel in enumerate(columns):  # rounded, and what that lost
+            for n, channel in enumerate(columns if not stem else ()):
                 expand_bias[c * chunk + channel] = biases[n // 8, n % 8, 0].float().sum()
             if steps:
                 rows = unfragment(words[3], chunk // 8, depth)
@@ -161,17 +159,29 @@ def test_unpacks_to_the_weights(source, expanded, out, tiles, chunk, slices, dty
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("channels", "stem", "out", "tiles", "chunk"),
-    [(3, 32, 16, 2, 32), (4, 48, 24, 4, 48), (1, 16, 8, 2, 32), (3, 24, 16, 2, 32)],
+    [(3, 32, 16, 2, 32), (2, 48, 24, 4, 48), (1, 16, 8, 2, 32), (3, 24, 16, 2, 32)],
 )
 def test_unpacks_to_the_weights_of_a_stem(channels, stem, out, tiles, chunk, dtype):
     tensors = weights(channels, stem, out, dtype, stem=True)
     packed = packing.pack_stem_block(*tensors)
     found = unpack(packed, channels, stem, out, tiles, chunk, stem=True)
-    window = found[0].view(-1, 3, 4, 4)
-    assert not window[:, :, 3].any()
-    assert not window[:, :, :, channels:].any()
-    as_conv = window[:, :, :3, :channels].permute(0, 3, 1, 2)
-    check((as_conv, *found[1:]), tensors)
+    rows = found[0][:, :30].view(-1, 3, 10)  # one element before the window and the 9 of it
+    assert not rows[..., 0].any()
+    window = rows[..., 1:].unflatten(2, (3, 3))
+    assert not window[..., channels:].any()
+    as_conv = window[..., :channels].permute(0, 3, 1, 2)
+    bias = found[0][:, 30:].float().sum(1)  # rounded, and what that lost
+    check((as_conv, bias, *found[2:]), tensors)
+
+
+def test_biases_beyond_float16_stay_finite():
+    """An infinite one would meet its own rest, of the other sign."""
+    tensors = weights(16, 96, 24, torch.float16)
+    tensors[1], tensors[3] = torch.full((96,), 1e5), torch.full((96,), -math.inf)
+    packed = packing.pack_inverted_residual(*tensors)
+    _, expand_bias, _, bias, *_ = unpack(packed, 16, 96, 24, 3, 32)
+    assert torch.allclose(expand_bias, torch.tensor(1e5), rtol=1e-6)
+    assert bias.equal(torch.full((96,), -2 * 65504.0))
 
 
 def check(found, tensors):
@@ -212,7 +222,7 @@ def test_packs_nothing_where_no_kernel_exists(change):
 @pytest.mark.parametrize(
     "tensors",
     [
-        weights(5, 32, 16, torch.float16, stem=True),
+        weights(4, 32, 16, torch.float16, stem=True),
         weights(3, 32, 40, torch.float16, stem=True),
         weights(3, 32, 16, torch.float32, stem=True),
         [torch.ones(32, 3, 5, 5).half(), *weights(3, 32, 16, torch.float16, stem=True)[1:]],

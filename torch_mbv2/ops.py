@@ -1258,7 +1258,7 @@ def stem_block(
     depthwise_bias, groups=S))`; `F.conv2d(y, project_weight, project_bias)`. Where no fused kernel
     fits the sizes, the dtype or the activation (a lower bound other than 0), CUDA runs these steps
     one by one. The fused kernel multiplies by zeros: an infinite or NaN element becomes NaN in the
-    channels beside it and in the pixel left of those that read it. Source: Sandler et al.,
+    channels beside it and in the pixel right of those that read it. Source: Sandler et al.,
     "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, rows 1 and 2 of table 2.
 
     Args:

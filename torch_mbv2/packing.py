@@ -77,7 +77,7 @@ def pack_stem_block(
     Biases may be float32: they keep what the weights' dtype would round off.
 
     Args:
-        stem_weight: (S, Cin, 3, 3), Cin at most 4; float16 or bfloat16.
+        stem_weight: (S, Cin, 3, 3), Cin at most 3; float16 or bfloat16.
         stem_bias: (S,) or None.
         depthwise_weight: (S, 1, 3, 3).
         depthwise_bias: (S,) or None.
@@ -89,19 +89,24 @@ def pack_stem_block(
         dtype or window, more channels, or channels that are no multiples of 8.
     """
     stem, channels, *window = stem_weight.shape
-    if channels > 4 or window != [3, 3] or not _serves(depthwise_weight, project_weight):
+    if channels > 3 or window != [3, 3] or not _serves(depthwise_weight, project_weight):
         return None
-    # A row of the window is 4 pixels x 4 channels, of which the last ones have weight 0.
-    matrix = stem_weight.new_zeros(stem, 3, 4, 4)
-    matrix[:, :, :3, :channels] = stem_weight.permute(0, 2, 3, 1)
+    # k is 3 rows of 10 elements of the image, one before the window and the 9 of it, then the bias
+    # as the rounded one and what that lost.
+    rows = stem_weight.new_zeros(stem, 3, 10)
+    rows[:, :, 1:].unflatten(2, (3, 3))[..., :channels] = stem_weight.permute(0, 2, 3, 1)
+    biases = stem_weight.new_zeros(stem, 2)
+    if stem_bias is not None:
+        biases = _split(stem_bias.float(), stem_weight.dtype)
     return _pack(
-        matrix.flatten(1),
-        stem_bias,
+        torch.cat([rows.flatten(1), biases], 1),
+        None,
         depthwise_weight,
         depthwise_bias,
         project_weight,
         project_bias,
         _STEM_LAYOUTS,
+        bias_in_matrix=True,
     )
 
 
@@ -123,6 +128,8 @@ def _pack(
     project: Tensor,
     project_bias: Tensor | None,
     layouts: Sequence[tuple[int, int]],
+    *,
+    bias_in_matrix: bool = False,
 ) -> Tensor | None:
     out_channels, expanded = project.shape[:2]
     slices = math.ceil(out_channels / (8 * _MOST_TILES))
@@ -154,58 +161,57 @@ def _pack(
 
     outputs = slices * tiles * 8
     project = padded(project.flatten(1), outputs, chunks * chunk)
-    # (slice, output channel, chunk, expanded channel), output channels in the order of columns
+    # (slice, output channel, chunk, expanded channel), both channels in the order of columns
     project = _in_columns(project.view(slices, tiles * 8, chunks, chunk), 1)
+    # the depthwise columns of every second unit of 8 channels are 2 channels off
+    units = project.unflatten(3, (-1, 2, 8))
+    project = torch.stack([units[..., 0, :], units[..., 1, :].roll(-2, -1)], -2).flatten(3)
     project_parts = _fragments(project.permute(0, 2, 1, 3))  # (slice, chunk, bytes)
 
     taps = padded(depthwise[:, 0], chunks * chunk, 3, 3)
-    parts = [
-        _depthwise(taps, padded_bias(depthwise_bias, chunks * chunk), chunks),
-        _bias_rows(
-            _in_columns(padded_bias(expand_bias, chunks * chunk).view(chunks, chunk), 1), dtype
-        ),
-    ]
+    parts = [_depthwise(taps, padded_bias(depthwise_bias, chunks * chunk), chunks)]
+    if not bias_in_matrix:
+        bias = padded_bias(expand_bias, chunks * chunk).view(chunks, chunk)
+        parts.append(_bias_rows(_in_columns(bias, 1), dtype))
     if expand is not None:
         depth = math.ceil(expand.shape[1] / 16) * 16
         matrix = padded(expand, chunks * chunk, depth).view(chunks, chunk, depth)
         parts.append(_words(_fragments(_in_columns(matrix, 1))))
     common = torch.cat(parts, 1)
     blobs = torch.cat([_words(project_parts), common.expand(slices, *common.shape)], 2)
-    bias = padded_bias(project_bias, outputs).view(slices, tiles * 8)
-    bias = _in_columns(bias, 1)
+    bias = _in_columns(padded_bias(project_bias, outputs).view(slices, tiles * 8), 1)
     return torch.cat([blobs.flatten(1), _words(bias)], 1).flatten().view(dtype)
 
 
 def _depthwise(taps: Tensor, bias: Tensor, chunks: int) -> Tensor:
     """The depthwise part of each chunk, (chunks, 16-bit words). taps: (E, 3, 3); bias: (E,)."""
-    # Entries of diagonal matrices: [unit][channel][tap][half of the register]
-    entries = torch.stack([taps[:, i, j] for i, j in _TAPS], 1).view(chunks, -1, 8, 9)
+    # Entries of diagonal matrices: [pair of units][channel][tap][half of the register]
+    entries = torch.stack([taps[:, i, j] for i, j in _TAPS], 1).view(chunks, -1, 16, 9)
     words = entries.new_zeros(*entries.shape, 2)
     words[:, :, 0::2, :, 0] = entries[:, :, 0::2]
     words[:, :, 1::2, :, 1] = entries[:, :, 1::2]
-    units = [
+    pairs = [
         _words(words[:, :, :, part].flatten(2)) for part in (slice(4), slice(4, 8), slice(8, 9))
     ]
-    biases = _repeated(bias.view(chunks, -1)).view(chunks, -1, 32)
-    return torch.cat([*units, biases], 2).flatten(1)
+    biases = _bias_rows(bias.view(chunks, -1), taps.dtype).view(chunks, -1, 128)
+    return torch.cat([*pairs, biases], 2).flatten(1)
 
 
 def _bias_rows(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Biases of columns, (chunks, columns) of float32, as right operands of mma.m16n8k8: the first
-    row is the biases in `dtype`, the second what that lost of them. (chunks, 16-bit words)."""
-    rounded = bias.to(dtype)
+    """Biases of columns, (chunks, columns) of float32, as right operands of mma.m16n8k8 of which
+    the first two rows are `_split(bias)`. Returns (chunks, 16-bit words)."""
     # lane = 4 * column + q holds rows 2q and 2q + 1
-    rows = rounded.new_zeros(*bias.shape, 4, 2)
-    rows[:, :, 0, 0] = rounded
-    rows[:, :, 0, 1] = (bias - rounded.float()).to(dtype)
+    rows = bias.new_zeros(*bias.shape, 4, 2, dtype=dtype)
+    rows[:, :, 0] = _split(bias, dtype)
     return _words(rows.flatten(1))
 
 
-def _repeated(bias: Tensor) -> Tensor:
-    """Biases of channels, (chunks, channels), as accumulators start: float32, and for each pair of
-    columns twice, for rows g and g + 8. Returns (chunks, 16-bit words)."""
-    pairs = bias.view(len(bias), -1, 1, 2)
-    return _words(pairs.expand(-1, -1, 2, -1).flatten(1))
+def _split(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., 2) of `dtype` from float32: the rounded bias, and what that lost. Beyond the finite
+    numbers of `dtype` both stay at the largest, as an infinite part would turn the sum into NaN."""
+    most = torch.finfo(dtype).max
+    rounded = bias.clamp(-most, most).to(dtype)
+    return torch.stack([rounded, (bias - rounded.float()).clamp(-most, most).to(dtype)], -1)
 
 
 def _words(x: Tensor) -> Tensor:
