@@ -72,7 +72,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +81,13 @@ from torch import Tensor, nn
 
 import torch_mbv2
 from torch_mbv2 import modules, testing
-from torch_mbv2.cli import bench, info, models, output
+from torch_mbv2.cli import bench, models, output
 from torch_mbv2.patch import fold_norms
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCHED, PATCHED_OPS = "patched", "patched, level op"
 FOLDED, COMPILED = "stock channels_last folded", "torch.compile"
 
-IMAGES = 32
-"""Different images; a larger batch repeats them."""
 CHECKED = 8
 """Images that are compared with float64."""
 READ_RATE = 3.08e12
@@ -157,24 +154,9 @@ def _parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """What `--json` writes."""
     device = models.device(args.device)
-    result: dict[str, Any] = {
-        "schema": 1,
-        "verb": "bench_blocks",
-        "command": args.command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device.type,
-        "environment": info.environment(),
-        "kernels": info.kernels(),
-        "settings": {
-            "tf32": False,
-            "cudnn_benchmark": True,
-            "caches": "warm: every call reads the same input and weights",
-            "images": f"normal noise, {IMAGES} different ones",
-            "rounds": args.rounds,
-            "min_time_s": args.min_time,
-            "read_bytes_per_s": READ_RATE,
-            "macs_per_s": MAC_RATES,
-        },
+    result = bench.header("bench_blocks", args.command, device, args.rounds, args.min_time)
+    result["settings"] |= {"read_bytes_per_s": READ_RATE, "macs_per_s": MAC_RATES}
+    result |= {
         "model": {
             "name": "torch_mbv2.MobileNetV2",
             "width": args.width,
@@ -224,7 +206,7 @@ def random_model(width: float, resolution: int) -> nn.Module:
 
 def _images(resolution: int, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(min(batch, IMAGES), 3, resolution, resolution, generator=generator)
+    images = torch.randn(min(batch, bench.IMAGES), 3, resolution, resolution, generator=generator)
     return images[torch.arange(batch) % len(images)]
 
 

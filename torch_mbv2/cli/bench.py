@@ -55,7 +55,7 @@ EXAMPLE = "bench torchvision:mobilenet_v2 --batches 1,32 --dtypes float32,float1
 STOCK, FOLDED, PATCHED = "stock", "stock channels_last folded", "patched"
 EAGER, GRAPH = "eager", "graph"
 
-_IMAGES = 32
+IMAGES = 32
 """Different images: every contender's logits are checked on all of them, whatever its batch size. A
 larger batch repeats them."""
 _REFERENCE_BATCH = 8
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
             f"--batches: the model takes batches of {model.batch} only; export it with a batch of "
             "any size to time others"
         )
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    result = header("bench", args.command, device, args.rounds, args.min_time)
     rows: list[dict[str, Any]] = []
     rounds = len(dtypes) * len(batches) * args.rounds
     with exact_settings(), output.progress("warming up", rounds) as advance:
@@ -147,22 +147,7 @@ def run(args: argparse.Namespace) -> int:
                 rows += _bench(
                     contenders, images, reference, batch, args.rounds, args.min_time, advance
                 )
-    result = {
-        "schema": 1,
-        "verb": "bench",
-        "command": args.command,
-        "date": date,
-        "device": device.type,
-        "environment": info.environment(),
-        "kernels": info.kernels(),
-        "settings": {
-            "tf32": False,
-            "cudnn_benchmark": True,
-            "caches": "warm: every call reads the same input and weights",
-            "images": f"normal noise, {_IMAGES} different ones",
-            "rounds": args.rounds,
-            "min_time_s": args.min_time,
-        },
+    result |= {
         "model": {
             "name": model.info.name,
             "weights": model.info.weights,
@@ -175,6 +160,29 @@ def run(args: argparse.Namespace) -> int:
     }
     output.emit(args.json, result, lambda: _print(result))
     return 0 if result["agree"] else 1
+
+
+def header(
+    verb: str, command: str, device: torch.device, rounds: int, min_time: float
+) -> dict[str, Any]:
+    """How the JSON of a bench starts: what ran, where and how."""
+    return {
+        "schema": 1,
+        "verb": verb,
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device.type,
+        "environment": info.environment(),
+        "kernels": info.kernels(),
+        "settings": {
+            "tf32": False,
+            "cudnn_benchmark": True,
+            "caches": "warm: every call reads the same input and weights",
+            "images": f"normal noise, {IMAGES} different ones",
+            "rounds": rounds,
+            "min_time_s": min_time,
+        },
+    }
 
 
 @contextmanager
@@ -232,7 +240,7 @@ def _contenders(stock: nn.Module) -> dict[str, nn.Module]:
 
 
 def _images(size: tuple[int, int]) -> Tensor:
-    return torch.randn(_IMAGES, 3, *size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(IMAGES, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
 def _reference(stock: nn.Module, images: Tensor, batch: int | None) -> Tensor:
