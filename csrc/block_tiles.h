@@ -198,7 +198,7 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   t.weights_offset = up(source_bytes + 16, 128);  // two barriers before it
   for (t.stages = 2; t.stages > 0; --t.stages) {
     t.expanded_offset = up(t.weights_offset + t.stages * blob, 128);
-    t.table_offset = up(t.expanded_offset + (halo + 1) * (k.chunk * 2 + 16), 16);
+    t.table_offset = up(t.expanded_offset + halo * (k.chunk * 2 + 16), 16);
     t.shared_bytes = t.table_offset + rows * (k.image ? 8 : 4);
     if (t.splits > 1) {
       const int partial = warps * k.rows * k.cols * k.tiles * 512;

@@ -131,8 +131,22 @@ __device__ __forceinline__ void store_shared16(uint32_t address, const uint32_t 
                "r"(v[2]), "r"(v[3])
                : "memory");
 }
-__device__ __forceinline__ void store_shared8(uint32_t address, uint32_t a, uint32_t b) {
-  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+// These only where `wanted` is not 0.
+__device__ __forceinline__ void store_shared16_if(uint32_t wanted, uint32_t address,
+                                                  const uint32_t (&v)[4]) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::
+          "r"(address),
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(wanted)
+      : "memory");
+}
+__device__ __forceinline__ void store_shared8_if(uint32_t wanted, uint32_t address, uint32_t a,
+                                                 uint32_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p st.shared.v2.u32 [%0], {%1, %2};\n}" ::"r"(
+          address),
+      "r"(a), "r"(b), "r"(wanted)
+      : "memory");
 }
 
 // An address of which the compiler does not know where it comes from, so that it adds offsets to it
@@ -448,21 +462,24 @@ struct WarpPlace {
   }
 };
 
-// Stores 4 or 2 n tiles of the expansion, clamped and packed: rows g and g + 8 go to two pixels.
-// The columns of tiles are such that a lane has 8 (of 4 tiles) or 4 (of 2) consecutive channels.
+// Stores 4 or 2 n tiles of the expansion, clamped and packed: rows g and g + 8 go to two pixels of
+// e, `offset` bytes into each, or nowhere where its address is 0. The columns of tiles are such
+// that a lane has 8 (of 4 tiles) or 4 (of 2) consecutive channels.
 template <typename T>
 __device__ __forceinline__ void store_expanded(const PackedClamp<T>& clamp, const float (*e)[4],
-                                               int tiles, uint32_t pixel0, uint32_t pixel1, int q) {
+                                               int tiles, uint32_t pixel0, uint32_t pixel1,
+                                               int offset, int q) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t pixel = half == 0 ? pixel0 : pixel1;
     const uint32_t first = clamp(e[0][2 * half], e[0][2 * half + 1]);
     const uint32_t second = clamp(e[1][2 * half], e[1][2 * half + 1]);
     if (tiles == 4) {
-      store_shared16(pixel + q * 16, {first, second, clamp(e[2][2 * half], e[2][2 * half + 1]),
-                                      clamp(e[3][2 * half], e[3][2 * half + 1])});
+      store_shared16_if(pixel, pixel + offset + q * 16,
+                        {first, second, clamp(e[2][2 * half], e[2][2 * half + 1]),
+                         clamp(e[3][2 * half], e[3][2 * half + 1])});
     } else {
-      store_shared8(pixel + q * 8, first, second);
+      store_shared8_if(pixel, pixel + offset + q * 8, first, second);
     }
   }
 }
@@ -517,7 +534,7 @@ __device__ __forceinline__ void expand_resident(const PackedClamp<T>& clamp, uin
           }
         }
       }
-      store_expanded<T>(clamp, e, count, pixel0 + p0 * 32, pixel1 + p0 * 32, q);
+      store_expanded<T>(clamp, e, count, pixel0, pixel1, p0 * 32, q);
     }
   }
 }
@@ -568,7 +585,7 @@ __device__ __forceinline__ void expand_image(const PackedClamp<T>& clamp, uint32
           mma<T>(e[2 * p + 1], f[s], b[s][p0 + p].z, b[s][p0 + p].w);
         }
       }
-      store_expanded<T>(clamp, e, count, pixel0 + p0 * 32, pixel1 + p0 * 32, q);
+      store_expanded<T>(clamp, e, count, pixel0, pixel1, p0 * 32, q);
     }
   }
 }
@@ -672,7 +689,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   const int m_tiles = ceil_div(pixels, kM) * Shape::kPixelTiles;
   const uint32_t source = shared0;
   const uint32_t expanded = shared0 + a.expanded_offset;
-  const uint32_t table = shared0 + a.table_offset;  // [pixel of the source] its address in e
+  const uint32_t table = shared0 + a.table_offset;  // [pixel of the source] its address in e, or 0
   const int pitch_in = (a.k8 | 1) * 16;             // bytes of a source pixel
 
   const uint32_t copied = shared0 + a.weights_offset - 16;  // a barrier for each stage of weights
@@ -737,7 +754,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     }
   }
   const auto skip_pixel = [&](int m) {
-    store_shared4(table + m * 4, expanded + a.images * eh * row_bytes);  // a pixel nobody reads
+    store_shared4(table + m * 4, 0);
     if constexpr (Shape::kImage) store_shared4(table + (m_tiles * 16 + m) * 4, source);
   };
   for (int m = pixels + threadIdx.x; m < m_tiles * 16; m += threads) skip_pixel(m);
@@ -944,8 +961,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
           const uint32_t pixel0 = load_shared4(entry), pixel1 = load_shared4(entry + 32);
 #pragma unroll
           for (int p0 = 0; p0 < kPairs; p0 += 2) {
-            store_expanded<T>(clamp, &e[i][2 * p0], p0 + 2 <= kPairs ? 4 : 2, pixel0 + p0 * 32,
-                              pixel1 + p0 * 32, q);
+            store_expanded<T>(clamp, &e[i][2 * p0], p0 + 2 <= kPairs ? 4 : 2, pixel0, pixel1,
+                              p0 * 32, q);
           }
         }
       }
