@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
+import weakref
 
 import pytest
 import torch
@@ -125,6 +127,22 @@ def test_on_round_is_called_once_a_round():
 def test_no_rounds_are_refused():
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         testing.time_interleaved({"a": int}, "cpu", rounds=0)
+
+
+@pytest.mark.cuda
+def test_captured_graph_keeps_what_it_reads():
+    def build():
+        weight = torch.ones(8, device="cuda")
+        return weakref.ref(weight), *testing.capture(lambda: weight * 2)
+
+    weight, replay, result = build()
+    gc.collect()
+    assert weight() is not None
+    replay()
+    assert torch.equal(result.cpu(), torch.full((8,), 2.0))
+    del replay
+    gc.collect()
+    assert weight() is None
 
 
 @pytest.mark.cuda

@@ -151,7 +151,7 @@ class Timing:
 
 def capture(function: Callable[[], Any], warm_up: int = 3) -> tuple[Callable[[], None], Any]:
     """A CUDA graph of what `function` launches: the call that replays it, and its result's tensors,
-    which every replay overwrites.
+    which every replay overwrites. The call keeps `function`, and with it what the graph reads.
 
     function: takes and returns tensors that stay where they are. It is called `warm_up` times
     before, on the stream that is captured, so that libraries choose and load their kernels.
@@ -166,7 +166,12 @@ def capture(function: Callable[[], Any], warm_up: int = 3) -> tuple[Callable[[],
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         result = function()
-    return graph.replay, result
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.function = function
+    return replay, result
 
 
 def time_interleaved(
