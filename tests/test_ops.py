@@ -523,9 +523,11 @@ def test_borders_are_zeros_of_the_hidden_tensor(device, case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("image", DTYPES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("width", "left"), [(32, 1), (30, 1), (33, 1), (32, 0)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_stem_block_reads_images_of_any_dtype(device, memory_format, image, dtype):
-    case = stem(3, 3, 33, 30, 32, 16)
+def test_stem_block_reads_images_of_any_dtype(device, width, left, memory_format, image, dtype):
+    """Rows as they lie (32 wide, channels_last, of one dtype), pairs of pixels, or single ones."""
+    case = stem(3, 3, 33, width, 32, 16, stem_padding=(left, 1, 1, 1))
     _, *weights = case.tensors(device, dtype)
     x = case.tensors(device, image)[0].contiguous(memory_format=memory_format)
     got = check(case.op, [x, *weights], case.options)
