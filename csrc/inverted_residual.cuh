@@ -123,8 +123,11 @@ __device__ __forceinline__ uint32_t load_shared4(uint32_t address) {
 __device__ __forceinline__ void store_shared4(uint32_t address, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
-__device__ __forceinline__ void store_shared2(uint32_t address, uint16_t v) {
-  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
+template <typename T>
+__device__ __forceinline__ void store_shared2(uint32_t address, T v) {
+  uint16_t bits;
+  memcpy(&bits, &v, 2);
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(bits) : "memory");
 }
 __device__ __forceinline__ void store_shared16(uint32_t address, const uint32_t (&v)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
@@ -197,6 +200,16 @@ template <>
 struct PairOf<__nv_bfloat16> {
   using type = __nv_bfloat162;
 };
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(T low, T high) {
+  typename PairOf<T>::type pair;
+  pair.x = low;
+  pair.y = high;
+  uint32_t word;
+  memcpy(&word, &pair, 4);
+  return word;
+}
 
 // max(0, min(x, hi)) on packed pairs: rounding keeps order, so clamping the rounded value between
 // the rounded bounds is rounding the clamped one.
@@ -643,20 +656,15 @@ __device__ void load_image(const BlockArgs& a, const Pixel* image, uint32_t to, 
         }
       }
       if (first == -1) {  // 4-byte aligned
-        uint32_t words[3];
-        memcpy(words, elements, 12);
 #pragma unroll
-        for (int i = 0; i < 3; ++i) store_shared4(at[u] + i * 4, words[i]);
+        for (int i = 0; i < 6; i += 2) {
+          store_shared4(at[u] + i * 2, pack_pair(elements[i], elements[i + 1]));
+        }
       } else {
-        uint16_t ends[2];
-        uint32_t words[2];
-        memcpy(&ends[0], elements, 2);
-        memcpy(words, elements + 1, 8);
-        memcpy(&ends[1], elements + 5, 2);
-        store_shared2(at[u], ends[0]);
-        store_shared4(at[u] + 2, words[0]);
-        store_shared4(at[u] + 6, words[1]);
-        store_shared2(at[u] + 10, ends[1]);
+        store_shared2(at[u], elements[0]);
+        store_shared4(at[u] + 2, pack_pair(elements[1], elements[2]));
+        store_shared4(at[u] + 6, pack_pair(elements[3], elements[4]));
+        store_shared2(at[u] + 10, elements[5]);
       }
     }
   }
