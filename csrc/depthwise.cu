@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
     for (int u = 0; u < kLive; ++u) {
       const int t = t0 + u;
       if (t >= steps) return;
-      // 4a. Add the rows of this step; refill each vector as soon as it is unpacked.
+        // 4a. Add the rows of this step; refill each vector as soon as it is unpacked.
 #pragma unroll
       for (int j = 0; j < kS; ++j) {
 #pragma unroll
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
       next_row += kS;
       // 4b. The oldest row is complete; its slot starts anew.
       constexpr int kOldest = 1;
-      float (&done)[kWidth][kVec] = sum[(u + kOldest) % kLive];
+      float(&done)[kWidth][kVec] = sum[(u + kOldest) % kLive];
       if (t >= kLive - 1) {
 #pragma unroll
         for (int x = 0; x < kWidth; ++x) {

@@ -399,6 +399,7 @@ struct BlockPlace {
   int64_t image0;
 };
 
+// Computed anew by each call, see block_index.
 template <typename Shape>
 __device__ __forceinline__ BlockPlace find_place(const BlockArgs& a) {
   constexpr int stride = Shape::kStride;
