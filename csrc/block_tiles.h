@@ -240,8 +240,8 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
       my_chunks * (rounds_of_pixels * k.pixel_tiles * expand + convolve) + fill / warps + around;
   const double dependent = my_chunks * (rounds_of_pixels * (steps + 1) + pairs * 15);
   // Clocks a block takes of a busy multiprocessor, and from its start to its end; with others of
-  // its cluster, it adds up their sums. The constants were fitted to times of every tile on the
-  // blocks of MobileNetV2 on an H100 at batch 1, 8, 32 and 256.
+  // its cluster, it adds up their sums. The constants were fitted to times of the likely tiles
+  // of the blocks of MobileNetV2 on an H100 at batch 1, 8, 32 and 256.
   const double sums = t.splits > 1 ? 58.0 * out_tiles * k.tiles : 0.0;
   const double throughput = 0.51 * all + warps * sums;
   const double latency = 1.54 * one + 37.6 * dependent + sums + (t.splits > 1 ? 4200 : 0);

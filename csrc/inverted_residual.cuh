@@ -24,8 +24,8 @@
 // runs on the tensor cores as well, as a product with diagonal matrices: two taps of 8 channels
 // are the 16 of k. That is 1/8 of their rate, but exact sums in float32 at the price of 6
 // instructions for 16 pixels x 8 channels, where FFMA takes 36 and 64 conversions (sums in float16,
-// by HFMA2, make the whole network 10 % faster but too inaccurate); the windows come by ldmatrix, a
-// row is read once for all its taps, and the result is, after clamping and packing, the A operand
+// by HFMA2, were 10 % faster for a whole network but too inaccurate); the windows come by ldmatrix,
+// a row is read once for all its taps, and the result is, after clamping and packing, the A operand
 // of the projection. Biases are products with ones.
 //
 // Shared memory, in this order: the source of the tile with its halo (for the expansion and the
@@ -35,8 +35,8 @@
 // first, then the odd ones); where each pixel of the source goes in e. At the end the partial sums
 // of a cluster's blocks overlay all but the source.
 //
-// Bound: at large batches by instructions (half of the issue slots of an H100 are used, 60 to 75 %
-// of its shared-memory bandwidth, 30 to 45 % of its tensor cores), at small ones by chains of
+// Bound: at large batches by instructions (on an H100 30 to 60 % of the issue slots are used, 50 to
+// 75 % of shared-memory bandwidth, 30 to 45 % of the tensor cores), at small ones by chains of
 // dependent instructions; device memory only sees input, output and the weights (from L2).
 #pragma once
 
@@ -90,11 +90,6 @@ __device__ __forceinline__ void mma_bias(float (&c)[4], const uint32_t (&one)[2]
         : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
         : "r"(one[0]), "r"(one[1]), "r"(bias), "f"(0.0f));
   }
-}
-
-// As copy_async16, but only the first `bytes` of the 16 are copied, the others are zeros.
-__device__ __forceinline__ void copy_async_part(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
 }
 
 // As copy_async16, but through L1: for pieces that share 32-byte sectors.
@@ -258,7 +253,7 @@ __device__ __forceinline__ void start_next() { asm volatile("griddepcontrol.laun
 
 // Barriers that count the bytes of copies. One thread makes them and starts copies; the others may
 // wait after the next __syncthreads.
-constexpr bool kHasBulkCopies = __CUDA_ARCH__ < 1200;  // sm_120 would spill a register
+constexpr bool kHasBulkCopies = __CUDA_ARCH__ < 1200;  // sm_120 would spill registers
 __device__ __forceinline__ void make_copy_barrier(uint32_t barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }

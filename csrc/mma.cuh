@@ -9,10 +9,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Copies the first `bytes` of 16 to shared memory, the others are zeros.
+__device__ __forceinline__ void copy_async_part(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
+}
+
 // Copies 16 bytes to shared memory, or writes 16 zero bytes where `inside` is false.
 __device__ __forceinline__ void copy_async16(uint32_t to, const void* from, bool inside) {
-  const int bytes = inside ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
+  copy_async_part(to, from, inside ? 16 : 0);
 }
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;"); }
