@@ -36,10 +36,11 @@ of totals:
 of network:
 
     {"dtype", "batch", "contender": "patched" | "patched, level op" |
-     "stock channels_last folded" | "torch.compile",
+     "stock channels_last folded" | "torch.compile": frozen, mode="reduce-overhead" |
+     "torch.compile, one CUDA graph": frozen, captured as the others are,
      "ms", "p10_ms", "p90_ms", "images_per_s", "ratio": median of stock channels_last folded / ms,
-     "prepare_s": patching or folding, the first calls and the capture,
-     "relative_l2", "agrees": of the logits, as above; null for what is not ours}
+     "prepare_s": patching, folding or compiling, the first calls and the capture,
+     "relative_l2", "agrees": of the logits, as above, for images that came after the preparations}
 
 or {"dtype", "batch", "contender", "skipped": why}; of memory, for an eager call:
 
@@ -86,7 +87,8 @@ from torch_mbv2.patch import fold_norms
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCHED, PATCHED_OPS = "patched", "patched, level op"
-FOLDED, COMPILED = "stock channels_last folded", "torch.compile"
+FOLDED = "stock channels_last folded"
+COMPILED, COMPILED_GRAPH = "torch.compile", "torch.compile, one CUDA graph"
 
 CHECKED = 8
 """Images that are compared with float64."""
@@ -334,12 +336,9 @@ def _bench_piece(
     dtype = str(x.dtype).removeprefix("torch.")
     functions = {"fused": piece.forward, "stock": stock_of(piece, x.dtype)}
     with torch.inference_mode():
-        calls, outputs = {}, {}
-        for side, function in functions.items():
-            calls[side], outputs[side] = _callable(lambda f=function: f(x), x.is_cuda)
+        calls = {side: _callable(lambda f=f: f(x), x.is_cuda) for side, f in functions.items()}
         timings = testing.time_interleaved(calls, x.device, rounds=rounds, min_time=min_time)
-        for call in calls.values():
-            call()
+        outputs = {side: call() for side, call in calls.items()}
         expected = stock_of(piece, torch.float64)(x[:CHECKED].double())
         errors = [testing.relative_l2(outputs[s][:CHECKED], expected) for s in ("fused", "stock")]
         y = outputs["fused"].clone()
@@ -374,16 +373,17 @@ def _bench_piece(
     return row, y
 
 
-def _callable(function: Callable[[], Tensor], cuda: bool) -> tuple[Callable[[], Any], Tensor]:
-    """What is timed, and where its result lies after a call."""
-    if cuda:
-        return testing.capture(function)
-    result = function()
+def _callable(function: Callable[[], Tensor], cuda: bool) -> Callable[[], Tensor]:
+    """What is timed: `function`, or a CUDA graph of it, whose result the next call overwrites."""
+    if not cuda:
+        return function
+    replay, result = testing.capture(function)
 
-    def call() -> None:
-        function()
+    def call() -> Tensor:
+        replay()
+        return result
 
-    return call, result
+    return call
 
 
 def _quantiles(timing: testing.Timing, unit: str, scale: float) -> dict[str, float]:
@@ -415,30 +415,35 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def bench_network(
     stock: nn.Module, images: Tensor, rounds: int, min_time: float, compiled: bool
 ) -> list[dict[str, Any]]:
-    """The rows of one dtype and one batch size."""
+    """The rows of one dtype and one batch size. Mirrors `images`."""
     common = {"dtype": str(images.dtype).removeprefix("torch."), "batch": len(images)}
-    prepare: dict[str, Callable[[], tuple[Callable[[], Any], Tensor]]] = {
+    prepare: dict[str, Callable[[], Callable[[], Tensor]]] = {
         PATCHED: lambda: _prepare(torch_mbv2.patch(stock), images),
         PATCHED_OPS: lambda: _prepare(torch_mbv2.patch(stock, level="op"), images),
         FOLDED: lambda: _prepare(_folded(stock), images),
     }
     if compiled:
-        prepare[COMPILED] = lambda: _compile(stock, images)
-    rows, calls, logits, seconds = [], {}, {}, {}
+        prepare[COMPILED] = lambda: _compile(stock, images, captured=False)
+        if images.is_cuda:
+            prepare[COMPILED_GRAPH] = lambda: _compile(stock, images, captured=True)
+    rows, calls, seconds = [], {}, {}
     for name, function in prepare.items():
         start = time.perf_counter()
         try:
-            calls[name], logits[name] = function()
+            calls[name] = function()
         except Exception as error:  # a compiler may raise anything
-            if name != COMPILED:
+            if name not in (COMPILED, COMPILED_GRAPH):
                 raise
             first = next(iter(str(error).splitlines()), type(error).__name__)
             rows.append({**common, "contender": name, "skipped": first})
         seconds[name] = time.perf_counter() - start
     timings = testing.time_interleaved(calls, images.device, rounds=rounds, min_time=min_time)
+    # A compiler that takes the images for constants computes nothing: what is compared are the
+    # logits of images that nobody saw before.
+    images.copy_(images.flip(3))
     with torch.inference_mode():
         expected = copy.deepcopy(stock).double()(images[:CHECKED].double())
-    errors = {name: testing.relative_l2(x[:CHECKED], expected) for name, x in logits.items()}
+    errors = {name: testing.relative_l2(call()[:CHECKED], expected) for name, call in calls.items()}
     measured = [
         {
             **common,
@@ -448,9 +453,7 @@ def bench_network(
             "ratio": timings[FOLDED].median / timing.median,
             "prepare_s": seconds[name],
             "relative_l2": errors[name],
-            "agrees": _agrees(errors[name], errors[FOLDED], images.dtype)
-            if name in (PATCHED, PATCHED_OPS)
-            else None,
+            "agrees": _agrees(errors[name], errors[FOLDED], images.dtype),
         }
         for name, timing in timings.items()
     ]
@@ -464,31 +467,31 @@ def _folded(stock: nn.Module) -> nn.Module:
     return fold_norms(stock).to(memory_format=torch.channels_last)
 
 
-def _prepare(module: nn.Module, images: Tensor) -> tuple[Callable[[], Any], Tensor]:
-    function = torch.inference_mode()(lambda: module(images))
-    call, result = _callable(function, images.is_cuda)
-    call()  # a graph's result is written by its replays
-    return call, result.clone()
+def _prepare(module: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    return _callable(torch.inference_mode()(lambda: module(images)), images.is_cuda)
 
 
-def _compile(stock: nn.Module, images: Tensor) -> tuple[Callable[[], Any], Tensor]:
-    """torch.compile at its best without minutes of tuning: weights frozen, its own CUDA graph."""
+def _compile(stock: nn.Module, images: Tensor, captured: bool) -> Callable[[], Tensor]:
+    """torch.compile at its best without minutes of tuning, with frozen weights. On a GPU either in
+    its own CUDA graphs, which copy the images and check guards at each call, or `captured` in one
+    like those of the other contenders."""
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()
-    torch._dynamo.mark_static_address(images)  # or every call would copy them
     module = copy.deepcopy(stock).to(memory_format=torch.channels_last)
-    compiled = torch.compile(module, mode="reduce-overhead" if images.is_cuda else None)
+    own_graphs = images.is_cuda and not captured
+    compiled = torch.compile(module, mode="reduce-overhead" if own_graphs else None)
 
+    @torch.no_grad()  # an inference tensor cannot be frozen
     def call() -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        with torch.no_grad():
-            return compiled(images)
+        if own_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        return compiled(images)
 
     with inductor.patch(freezing=True):
         for _ in range(3):  # compile, record, replay
-            logits = call().clone()
-    return call, logits
+            call()
+    return _callable(call, captured)
 
 
 def measure_memory(stock: nn.Module, images: Tensor) -> list[dict[str, Any]]:

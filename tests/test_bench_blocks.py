@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from torch_mbv2.mobilenet import Architecture, Block
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECES = ["stem_block", *(f"features.{i}" for i in range(2, 18)), "conv_pool", "linear"]
-TINY = ["--device", "cpu", "--width", "0.35", "--resolution", "32", "--batches", "1"]
-TINY += ["--rounds", "1", "--min-time", "0", "--no-compile"]
+FAST = ["--width", "0.35", "--resolution", "32", "--batches", "1", "--rounds", "1"]
+FAST += ["--min-time", "0"]
+TINY = ["--device", "cpu", *FAST, "--no-compile"]
 
 
 def load(name):
@@ -84,8 +86,47 @@ def test_network(result):
     rows = result["network"]
     names = ["patched", "patched, level op", "stock channels_last folded"]
     assert [row["contender"] for row in rows] == names * 2
-    assert [row["agrees"] for row in rows] == [True, True, None] * 2
+    assert all(row["agrees"] for row in rows)
     assert rows[2]["ratio"] == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_torch_compile_computes_what_it_is_timed_for(bench_blocks, capsys):
+    arguments = ["--no-pieces", "--first-calls", "0", "--dtypes", "float32", "--json", "-"]
+    assert bench_blocks.main(["--device", "cpu", *FAST, *arguments]) == 0
+    row = json.loads(capsys.readouterr().out)["network"][-1]
+    assert row["contender"] == "torch.compile"
+    assert row["agrees"]
+
+
+@pytest.mark.cuda
+def test_on_a_gpu(bench_blocks, tmp_path):
+    file = tmp_path / "blocks.json"
+    arguments = ["--dtypes", "float16", "--first-calls", "1", "--json", str(file)]
+    assert bench_blocks.main(["--device", "cuda", *FAST, *arguments]) == 0
+    result = json.loads(file.read_text())
+    assert [row["piece"] for row in result["pieces"]] == PIECES
+    assert all(0 < row["of_floor"] < 1 for row in result["pieces"])
+    names = ["patched", "patched, level op", "stock channels_last folded"]
+    names += ["torch.compile", "torch.compile, one CUDA graph"]
+    assert [row["contender"] for row in result["network"]] == names
+    assert all(row["agrees"] for row in result["network"])
+    assert all(row["peak_mib"] > 0 for row in result["memory"])
+    assert all(row["total_s"] > 0 for row in result["first_calls"])
+
+
+def test_folded_away_network_disagrees(bench_blocks, monkeypatch, capsys):
+    """A compiler that takes the images for constants is not the fastest."""
+
+    def compile_to_a_constant(stock, images, captured):
+        logits = stock(images)
+        return lambda: logits
+
+    monkeypatch.setattr(bench_blocks, "_compile", compile_to_a_constant)
+    arguments = ["--no-pieces", "--first-calls", "0", "--dtypes", "float32", "--json", "-"]
+    assert bench_blocks.main(["--device", "cpu", *FAST, *arguments]) == 1
+    rows = json.loads(capsys.readouterr().out)["network"]
+    assert [row["contender"] for row in rows if not row["agrees"]] == ["torch.compile"]
 
 
 def test_first_calls(result):
