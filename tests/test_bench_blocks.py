@@ -102,7 +102,7 @@ def test_torch_compile_computes_what_it_is_timed_for(bench_blocks, capsys):
 @pytest.mark.cuda
 def test_on_a_gpu(bench_blocks, tmp_path):
     file = tmp_path / "blocks.json"
-    arguments = ["--dtypes", "float16", "--first-calls", "1", "--json", str(file)]
+    arguments = ["--dtypes", "float16", "--first-calls", "0", "--json", str(file)]
     assert bench_blocks.main(["--device", "cuda", *FAST, *arguments]) == 0
     result = json.loads(file.read_text())
     assert [row["piece"] for row in result["pieces"]] == PIECES
@@ -112,7 +112,6 @@ def test_on_a_gpu(bench_blocks, tmp_path):
     assert [row["contender"] for row in result["network"]] == names
     assert all(row["agrees"] for row in result["network"])
     assert all(row["peak_mib"] > 0 for row in result["memory"])
-    assert all(row["total_s"] > 0 for row in result["first_calls"])
 
 
 def test_folded_away_network_disagrees(bench_blocks, monkeypatch, capsys):
