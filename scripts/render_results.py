@@ -14,6 +14,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- results -->", "<!-- /results -->"
+_FLOOR = (
+    "Of floor: the time that the GPU needs at least, to move input, output and weights once or to "
+    "multiply on tensor cores, whichever is longer, as a part of ours."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         print(f"render_results: {args.readme} needs {START} and then {END}, once", file=sys.stderr)
         return 2
-    tables = "\n\n".join(render(json.loads(path.read_text("utf-8"))) for path in files)
+    results = [json.loads(path.read_text("utf-8")) for path in files]
+    # GPUs first, whole networks before their blocks.
+    results.sort(key=lambda found: (found["device"] == "cpu", found["verb"] == "bench_blocks"))
+    tables = "\n\n".join(render(found) for found in results)
     before, rest = text.split(START)
     after = rest.split(END)[1]
     new = f"{before}{START}\n\n{tables}\n\n{END}{after}"
@@ -45,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def render(result: dict[str, Any]) -> str:
     """One result as Markdown: where it ran, and its tables."""
-    return _blocks(result) if result.get("verb") == "bench_blocks" else _bench(result)
+    return _blocks(result) if result["verb"] == "bench_blocks" else _bench(result)
 
 
 def _bench(result: dict[str, Any]) -> str:
@@ -105,18 +112,22 @@ def _where(result: dict[str, Any]) -> str:
 
 
 def _blocks(result: dict[str, Any]) -> str:
-    """A table of the pieces for each dtype, with columns for each batch size, and one of the
-    network, with columns for each contender."""
+    """A table of the network, with columns for each contender, one of first calls, and, folded
+    away, one of the pieces for each dtype, with columns for each batch size."""
     model, cuda = result["model"], result["device"] == "cuda"
     parts = [
         f"{model['name']}, width {model['width']:g}, {model['resolution']}x{model['resolution']}, "
-        f"on {_where(result).replace(' (quartiles)', '')} Both sides are "
-        f"{'CUDA graphs' if cuda else 'eager'}; stock is channels_last with batch norms folded."
+        f"on {_where(result).replace(' (quartiles)', '')} "
+        f"{'All but torch.compile are CUDA graphs' if cuda else 'All are eager'}; stock is "
+        "channels_last with batch norms folded."
     ]
-    dtypes = dict.fromkeys(row["dtype"] for row in result["pieces"])
-    parts += [_pieces(result, dtype) for dtype in dtypes]
     if result["network"]:
         parts.append(_network(result))
+    if result["first_calls"]:
+        parts.append(_first_calls(result))
+    for dtype in dict.fromkeys(row["dtype"] for row in result["pieces"]):
+        summary = f"<summary>Each block against its stock layers, {dtype}</summary>"
+        parts += [f"<details>{summary}", _pieces(result, dtype), *[_FLOOR] * cuda, "</details>"]
     return "\n\n".join(parts)
 
 
@@ -150,8 +161,8 @@ def _network(result: dict[str, Any]) -> str:
     peaks = {(r["dtype"], r["batch"], r["contender"]): r["peak_mib"] for r in result["memory"]}
     contenders = list(dict.fromkeys(name for *_, name in rows))
     measured = list(dict.fromkeys(name for *_, name in peaks))
-    header = ["dtype", "batch", *(f"{name} img/s" for name in contenders)]
-    header += [f"{name} peak MiB" for name in measured]
+    header = ["dtype", "batch", *(f"{name}, img/s" for name in contenders)]
+    header += [f"{name}, peak MiB" for name in measured]
     lines = [_line(header), f"|---{'|--:' * (len(header) - 1)}|"]
     for case in dict.fromkeys(key[:2] for key in rows):
         cells = [case[0], str(case[1])]
@@ -165,6 +176,24 @@ def _network(result: dict[str, Any]) -> str:
             )
         cells += [f"{peaks[(*case, name)]:.1f}" for name in measured]
         lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _first_calls(result: dict[str, Any]) -> str:
+    """What a fresh process waits for after `import torch`, in seconds."""
+    rows = result["first_calls"]
+    lines = [
+        f"| fresh process, {rows[0]['dtype']}, one image | import, s | build and move the model | "
+        "patch, fold or compile() | first call | sum | second call |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        if "skipped" in row:
+            lines.append(_line([row["contender"], "skipped", *[""] * 5]))
+            continue
+        seconds = [row[key] for key in ("import_s", "load_s", "patch_s", "first_forward_s")]
+        cells = [f"{found:.2f}" for found in (*seconds, sum(seconds))]
+        lines.append(_line([row["contender"], *cells, f"{row['second_forward_s']:.4f}"]))
     return "\n".join(lines)
 
 

@@ -40,6 +40,7 @@ def result(patched, device="cuda"):
     mode = "graph" if device == "cuda" else "eager"
     stock = [row("stock", "eager", 8.0), row("stock channels_last folded", mode, 2.0)]
     return {
+        "verb": "bench",
         "device": device,
         "date": "2030-01-02T03:04:05+00:00",
         "environment": {
