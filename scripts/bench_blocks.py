@@ -86,8 +86,7 @@ from torch_mbv2.cli import bench, models, output
 from torch_mbv2.patch import fold_norms
 
 ROOT = Path(__file__).resolve().parents[1]
-PATCHED, PATCHED_OPS = "patched", "patched, level op"
-FOLDED = "stock channels_last folded"
+FOLDED, PATCHED, PATCHED_OPS = bench.FOLDED, bench.PATCHED, "patched, level op"
 COMPILED, COMPILED_GRAPH = "torch.compile", "torch.compile, one CUDA graph"
 
 CHECKED = 8
@@ -373,9 +372,9 @@ def _bench_piece(
     return row, y
 
 
-def _callable(function: Callable[[], Tensor], cuda: bool) -> Callable[[], Tensor]:
+def _callable(function: Callable[[], Tensor], captured: bool) -> Callable[[], Tensor]:
     """What is timed: `function`, or a CUDA graph of it, whose result the next call overwrites."""
-    if not cuda:
+    if not captured:
         return function
     replay, result = testing.capture(function)
 

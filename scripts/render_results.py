@@ -118,7 +118,7 @@ def _blocks(result: dict[str, Any]) -> str:
     parts = [
         f"{model['name']}, width {model['width']:g}, {model['resolution']}x{model['resolution']}, "
         f"on {_where(result).replace(' (quartiles)', '')} "
-        f"{'All but torch.compile are CUDA graphs' if cuda else 'All are eager'}; stock is "
+        f"{'All are CUDA graphs, torch.compile its own' if cuda else 'All are eager'}; stock is "
         "channels_last with batch norms folded."
     ]
     if result["network"]:
