@@ -248,7 +248,9 @@ cudaStream_t current_stream(const Tensor& x) {
 }
 
 void check_launch(const char* op, cudaError_t error) {
-  if (error != cudaSuccess) fail(op, "CUDA error: ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next check of somebody else would report it again
+  fail(op, "CUDA error: ", cudaGetErrorString(error));
 }
 
 // --------------------------------------------------------------------------------- convolutions

@@ -28,9 +28,12 @@ ImageLoad image_load(const InvertedResidualParams& p) {
 ImageOrder image_order(const InvertedResidualParams& p) {
   const bool even = p.stem_left % 2 == 0;
   switch (image_load(p)) {
-    case ImageLoad::kRows: return even ? kEvenPixels : kOddPixels;
-    case ImageLoad::kPlanes: return even ? kEvenPlanes : kOddPlanes;
-    default: return kOddPixels;  // load_image puts them so
+    case ImageLoad::kRows:
+      return even ? kEvenPixels : kOddPixels;
+    case ImageLoad::kPlanes:
+      return even ? kEvenPlanes : kOddPlanes;
+    default:
+      return kOddPixels;  // load_image puts them so
   }
 }
 
@@ -67,7 +70,7 @@ int64_t order_bytes(const InvertedResidualParams& p, const BlockLayout& layout) 
 
 struct Choice {
   bool fits;
-  bool hopper;  // the device can start a kernel early
+  bool hopper;  // the code can start a kernel early
   BlockTile tile;
 };
 
@@ -77,23 +80,21 @@ Choice choose(const InvertedResidualParams& p) {
   int device = 0;
   cudaGetDevice(&device);
   const BlockProblem problem = problem_of(p);
-  const auto key = std::make_tuple(device, problem.batch, problem.e_h, problem.e_w, problem.out_h,
-                                   problem.out_w, problem.source_channels, problem.expanded,
-                                   problem.out_channels, problem.stride, problem.image,
-                                   problem.planes);
+  const auto key =
+      std::make_tuple(device, problem.batch, problem.e_h, problem.e_w, problem.out_h, problem.out_w,
+                      problem.source_channels, problem.expanded, problem.out_channels,
+                      problem.stride, problem.image, problem.planes);
   static std::mutex mutex;
   static std::map<std::remove_const_t<decltype(key)>, Choice> choices;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = choices.find(key);
   if (found != choices.end()) return found->second;
   BlockDevice limits{};
-  int major = 0;
   cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&limits.shared_per_multiprocessor,
                          cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  limits.clusters = major >= 9;
+  limits.clusters = compiled_arch() >= 900;
   Choice choice{};
   choice.hopper = limits.clusters;
   choice.fits = choose_block_tile(problem, limits, choice.tile);

@@ -244,12 +244,6 @@ __device__ __forceinline__ float4 load_cluster(uint32_t address, int rank) {
                : "r"(remote));
   return v;
 }
-// The kernel before this one in the stream has finished, and what it wrote is there.
-__device__ __forceinline__ void wait_for_input() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-// The next kernel in the stream may start, up to its wait_for_input.
-__device__ __forceinline__ void start_next() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 // Barriers that count the bytes of copies. One thread makes them and starts copies; the others may
 // wait after the next __syncthreads.
@@ -280,14 +274,12 @@ __device__ __forceinline__ void wait_copies(uint32_t barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-#else  // never launched with splits or before the kernel before it has finished there
+#else  // never launched with splits there
 constexpr bool kHasBulkCopies = false;
 __device__ __forceinline__ void make_copy_barrier(uint32_t) {}
 __device__ __forceinline__ void publish_copy_barriers() {}
 __device__ __forceinline__ void copy_bulk(uint32_t, const void*, int, uint32_t) {}
 __device__ __forceinline__ void wait_copies(uint32_t, int) {}
-__device__ __forceinline__ void wait_for_input() {}
-__device__ __forceinline__ void start_next() {}
 __device__ __forceinline__ void cluster_sync() {}
 __device__ __forceinline__ float4 load_cluster(uint32_t, int) { return {}; }
 #endif
@@ -549,10 +541,10 @@ __device__ __forceinline__ void expand_resident(const PackedClamp<T>& clamp, uin
 }
 
 // The same where the source is an image. A lane's operands are pairs of k, 4 bytes of the image at
-// a time, and the last pair of lane 3 is the bias. Of rows of pixels k is 3 times 10 elements, the 9
-// of a row of the window and the one before it, or after it if the window starts in an even column.
-// Of planes a row of the window is an aligned pair and a single element, half of one: k is 9 pairs,
-// then pairs of single elements, see pack_stem_block of packing.py.
+// a time, and the last pair of lane 3 is the bias. Of rows of pixels k is 3 times 10 elements, the
+// 9 of a row of the window and the one before it, or after it if the window starts in an even
+// column. Of planes a row of the window is an aligned pair and a single element, half of one: k is
+// 9 pairs, then pairs of single elements, see pack_stem_block of packing.py.
 template <typename T, typename Shape, bool kPlanes>
 __device__ __forceinline__ void expand_image(const PackedClamp<T>& clamp, uint32_t fragments,
                                              uint32_t windows, int pitch, bool odd, uint32_t table,
@@ -772,10 +764,9 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     const int m = (image * vh + y - y0) * vw + column - x0;
     store_shared4(table + m * 4, pixel);
     if constexpr (Shape::kImage) {
-      store_shared4(
-          table + (m_tiles * 16 + m) * 4,
-          source + (image * (2 * eh + 1) + 2 * line_y) * a.image_pitch + first_window +
-              x * 2 * pixel_bytes);
+      store_shared4(table + (m_tiles * 16 + m) * 4,
+                    source + (image * (2 * eh + 1) + 2 * line_y) * a.image_pitch + first_window +
+                        x * 2 * pixel_bytes);
     } else if (a.k8 <= kFewUnits) {
       const T* const from =
           input + (image0 + image) * a.image_step + (y * a.width + column) * a.in_channels;

@@ -223,6 +223,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   };
 
   // 2. The product, kStages - 1 stages of loads ahead of it.
+  wait_for_input();
+  start_next();
   float acc[kColumns][4] = {};
 #pragma unroll
   for (int s = 0; s < Tile::kStages - 1; ++s) {
@@ -408,6 +410,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   };
 
   // 2. The product, kStages - 1 stages of loads ahead of it.
+  wait_for_input();
+  start_next();
   float acc[kRows][kColumns] = {};
   float total[kRows * kColumns] = {};  // with splits only
 #pragma unroll
@@ -513,8 +517,7 @@ cudaError_t launch_product(Kernel kernel, int tile_m, int tile_n, int threads, i
   }
   constexpr int kMostZ = 65535;  // of a grid
   const dim3 grid(unsigned(blocks), ceil_div(z_count, kMostZ), z_count < kMostZ ? z_count : kMostZ);
-  kernel<<<grid, threads, shared_bytes, stream>>>(g, a);
-  return cudaGetLastError();
+  return launch_kernel(kernel, grid, threads, shared_bytes, stream, g, a);
 }
 
 // The tiles compiled for a type. Tall ones for many rows: all or much of n at once, so that A is
