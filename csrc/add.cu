@@ -16,6 +16,8 @@ __global__ void __launch_bounds__(kBlock) add_kernel(const __grid_constant__ Add
   const T* const a = static_cast<const T*>(p.a);
   const T* const b = static_cast<const T*>(p.b);
   float left[kUnroll][kV], right[kUnroll][kV];
+  wait_for_input();
+  start_next();
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int64_t i = first + u * kBlock;
@@ -39,8 +41,7 @@ template <typename T, int kV>
 cudaError_t launch(const AddParams& p, cudaStream_t stream) {
   const int64_t blocks = ceil_div(p.numel / kV, int64_t(kBlock * kUnroll));
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  add_kernel<T, kV><<<unsigned(blocks), kBlock, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(add_kernel<T, kV>, unsigned(blocks), kBlock, 0, stream, p);
 }
 
 }  // namespace

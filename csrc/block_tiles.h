@@ -94,6 +94,7 @@ struct BlockProblem {
   int expanded, out_channels;
   int stride;
   bool image;
+  bool planes;  // the image is copied plane by plane
 };
 
 // Units of 8 channels of a source pixel in shared memory.
@@ -101,6 +102,11 @@ inline int source_units(const BlockKernel& kernel, int channels) {
   const int units = (channels + 7) / 8;
   return kernel.resident ? units : (units + 1) / 2 * 2;
 }
+// How the weights of a stem are packed, one after the other: for rows of pixels or of planes, as they
+// lie in shared memory, and windows that start in odd or even columns.
+enum ImageOrder { kOddPixels, kEvenPixels, kOddPlanes, kEvenPlanes };
+constexpr int kImageOrders = 4;
+
 inline int expand_steps(bool image, int channels) { return image ? 2 : (channels + 15) / 16; }
 inline int output_slices(int out_channels) {
   return (out_channels + 8 * kMaxBlockTiles - 1) / (8 * kMaxBlockTiles);
@@ -189,7 +195,8 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   const int steps = p.source_channels == 0 ? 0 : expand_steps(k.image, p.source_channels);
   const int warps = t.warps_x * t.warps_y * t.images;
   const int rows = up(pixels, 16 * k.pixel_tiles);
-  t.image_pitch = k.image ? up(12 * ew + 32, 16) : 0;
+  // A plane starts 8 banks off a multiple of 16, which keeps those of 4 planes apart.
+  t.image_pitch = !k.image ? 0 : p.planes ? 3 * (up(4 * ew - 16, 64) + 32) : up(12 * ew + 32, 16);
   const int units = p.source_channels == 0 ? 0 : source_units(k, p.source_channels);
   const int source_bytes = k.image      ? t.images * (2 * eh + 1) * t.image_pitch
                            : units == 0 ? 0

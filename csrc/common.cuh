@@ -1,5 +1,5 @@
 // Helpers that every kernel shares: element types, vector accesses, the output clamp, division by a
-// fixed divisor, launches in chunks.
+// fixed divisor, launches, also in chunks.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -148,6 +148,56 @@ struct Divider {
     return quotient;
   }
 };
+
+// Kernels follow each other closely: with launch_kernel one may start before the kernel before it
+// in the stream has finished (Hopper's programmatic dependent launch). So every kernel calls
+// wait_for_input before it touches device memory: then the kernel before has finished, and what it
+// wrote is there. After that it calls start_next: once all its blocks did, the next kernel may
+// start, up to its own wait_for_input.
+__device__ __forceinline__ void wait_for_input() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void start_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// The same pointer or index. What is read there is read after a wait_for_input before it, even by
+// load_word, whose reads the compiler takes for reads of constants.
+template <typename T>
+__device__ __forceinline__ T after_wait(T x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
+#endif
+  return x;
+}
+
+// What __CUDA_ARCH__ is in the code that runs on the current device: less than the device's own
+// where that is compiled from PTX for an older one.
+int compiled_arch();
+
+template <typename... Params, typename... Args>
+cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                          cudaStream_t stream, const Args&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = compiled_arch() >= 900;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
 
 // Work items that one launch may have, so that item indices stay below 2^31 (see Divider).
 constexpr int64_t kMaxItems = INT32_MAX;

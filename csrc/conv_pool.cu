@@ -144,6 +144,9 @@ __global__ void __launch_bounds__(32 * kMostWarps)
     }
   }
 
+  wait_for_input();
+  start_next();
+
   // 2. The copies ahead. A thread copies every `threads`-th piece of a stage.
   const T* const input = static_cast<const T*>(p.input) + first_image * p.pixels * p.k;
   const int row_step = threads / pieces, piece_step = threads - row_step * pieces;
@@ -179,7 +182,8 @@ __global__ void __launch_bounds__(32 * kMostWarps)
 #pragma unroll
   for (int j = 0; j < kHigh; ++j) {
     const int channel = first_channel + 2 * j;
-    const T* const upper = static_cast<const T*>(p.weight) + int64_t(channel) * p.k + q * 8;
+    const T* const upper =
+        after_wait(static_cast<const T*>(p.weight)) + int64_t(channel) * p.k + q * 8;
     const T* const lower = upper + p.k;
     const int upper_left = channel < p.n ? p.k - q * 8 : 0;
     const int lower_left = channel + 1 < p.n ? p.k - q * 8 : 0;
@@ -297,8 +301,12 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
   const int n0 = (blockIdx.x - image * s.channel_groups) * kChannels;
   const unsigned pixels = p.pixels;
   const int first_channel = n0 + kValues * g;  // of this lane
-  const T* const input = static_cast<const T*>(p.input) + int64_t(image) * p.pixels * p.k + q * 8;
-  const T* const weight = static_cast<const T*>(p.weight) + int64_t(first_channel) * p.k + q * 8;
+  wait_for_input();
+  start_next();
+  const T* const input =
+      after_wait(static_cast<const T*>(p.input)) + int64_t(image) * p.pixels * p.k + q * 8;
+  const T* const weight =
+      after_wait(static_cast<const T*>(p.weight)) + int64_t(first_channel) * p.k + q * 8;
   float bias[kValues];
   load_bias<T>(p, first_channel, bias);
 
@@ -418,6 +426,8 @@ __global__ void __launch_bounds__(128, 3)
   const int n0 = (blockIdx.x - image * s.channel_groups) * kColumns;
   const float* const input = static_cast<const float*>(p.input) + int64_t(image) * p.pixels * p.k;
   const float* const weight = static_cast<const float*>(p.weight) + int64_t(n0) * p.k;
+  wait_for_input();
+  start_next();
   float bias[kWide] = {};
   if (p.bias != nullptr) {
 #pragma unroll
@@ -597,8 +607,7 @@ cudaError_t launch_resident(const ConvPoolParams& p, const Plan& plan, cudaStrea
                    1.0f / float(p.pixels)};
   const int64_t blocks = ceil_div(p.batch, int64_t(plan.images)) * s.channel_groups;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  kernel<<<unsigned(blocks), 32 * plan.warps, bytes, stream>>>(p, s);
-  return cudaGetLastError();
+  return launch_kernel(kernel, unsigned(blocks), 32 * plan.warps, bytes, stream, p, s);
 }
 
 // A kernel whose blocks own one image and `channels` channels each.
@@ -610,8 +619,7 @@ cudaError_t launch_images(Kernel kernel, int channels, int threads, const ConvPo
     ConvPoolParams chunk = p;
     chunk.input = static_cast<const T*>(p.input) + first * p.pixels * p.k;
     chunk.output = static_cast<T*>(p.output) + first * p.n;
-    kernel<<<unsigned(images * s.channel_groups), threads, 0, stream>>>(chunk, s);
-    return cudaGetLastError();
+    return launch_kernel(kernel, unsigned(images * s.channel_groups), threads, 0, stream, chunk, s);
   });
 }
 

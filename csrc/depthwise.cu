@@ -83,7 +83,9 @@ __global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
   item = a.vectors.divide(item, vector);
   item = a.strips.divide(item, strip);
   const uint32_t image = a.runs.divide(item, run);
-  const int channel = vector * kVec;
+  wait_for_input();
+  start_next();
+  const int channel = after_wait<int>(vector * kVec);
   const int x0 = strip * kWidth;
   const int y0 = run * a.run_rows;
   const int rows = min(a.run_rows, a.out_h - y0);
@@ -261,8 +263,8 @@ cudaError_t launch_strip(const ConvParams& p, cudaStream_t stream) {
     a.runs = Divider(static_cast<uint32_t>(runs));
     a.act = p.act;
     const unsigned blocks = ceil_div<uint32_t>(a.items, kThreads);
-    depthwise_strip<T, kK, kS, kVec, kWidth, kAhead><<<blocks, kThreads, 0, stream>>>(a);
-    return cudaGetLastError();
+    return launch_kernel(depthwise_strip<T, kK, kS, kVec, kWidth, kAhead>, blocks, kThreads, 0,
+                         stream, a);
   });
 }
 
@@ -284,7 +286,9 @@ __global__ void __launch_bounds__(kThreads) depthwise_any(const AnyArgs a) {
   item = a.vectors.divide(item, vector);
   item = a.columns.divide(item, x);
   const int64_t image = a.rows.divide(item, y);
-  const int channel = vector * kVec;
+  wait_for_input();
+  start_next();
+  const int channel = after_wait<int>(vector * kVec);
   const int taps = p.kernel_h * p.kernel_w;
 
   const T* input = static_cast<const T*>(p.input) +
@@ -334,8 +338,8 @@ cudaError_t launch_any(const ConvParams& p, cudaStream_t stream) {
     a.vectors = Divider(static_cast<uint32_t>(vectors));
     a.columns = Divider(static_cast<uint32_t>(p.out_w));
     a.rows = Divider(static_cast<uint32_t>(p.out_h));
-    depthwise_any<T, kVec><<<ceil_div<uint32_t>(a.items, kThreads), kThreads, 0, stream>>>(a);
-    return cudaGetLastError();
+    return launch_kernel(depthwise_any<T, kVec>, ceil_div<uint32_t>(a.items, kThreads), kThreads, 0,
+                         stream, a);
   });
 }
 

@@ -24,6 +24,8 @@ __global__ void __launch_bounds__(kBlock)
   const int oh = window / p.out_w, ow = window - oh * p.out_w;
   const int ih = oh * p.stride_h - p.pad_h + i * p.dilation_h;
   const int iw = ow * p.stride_w - p.pad_w + j * p.dilation_w;
+  wait_for_input();
+  start_next();
   Word value = 0;
   if (unsigned(ih) < unsigned(p.height) && unsigned(iw) < unsigned(p.width)) {
     value = static_cast<const Word*>(p.input)[image * p.in_stride_n + c * p.in_stride_c +
@@ -43,11 +45,12 @@ cudaError_t launch(const Im2colParams& p, cudaStream_t stream) {
     part.batch = p.batch - first < images_per_launch ? p.batch - first : images_per_launch;
     part.input = static_cast<const Word*>(p.input) + first * p.in_stride_n;
     part.output = static_cast<Word*>(p.output) + first * rows_per_image * p.out_h * p.out_w;
-    im2col_kernel<Word>
-        <<<unsigned(part.batch * rows_per_image * blocks_per_row), kBlock, 0, stream>>>(
-            part, blocks_per_row);
+    const cudaError_t error =
+        launch_kernel(im2col_kernel<Word>, unsigned(part.batch * rows_per_image * blocks_per_row),
+                      kBlock, 0, stream, part, blocks_per_row);
+    if (error != cudaSuccess) return error;
   }
-  return cudaGetLastError();
+  return cudaSuccess;
 }
 
 }  // namespace

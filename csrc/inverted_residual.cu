@@ -9,9 +9,46 @@
 namespace torch_mbv2 {
 namespace {
 
+ImageLoad image_load(const InvertedResidualParams& p) {
+  const auto aligned = [&](int64_t stride, int bytes) {
+    return stride * (p.image_dtype == DType::kFloat32 ? 4 : 2) % bytes == 0;
+  };
+  const auto start = reinterpret_cast<uintptr_t>(p.input);
+  const bool as_it_lies = p.image_dtype == p.dtype && p.in_channels == 3 && start % 16 == 0 &&
+                          aligned(p.stride_h, 16) && aligned(p.stride_n, 16);
+  if (as_it_lies && p.stride_c == 1 && p.stride_w == 3) return ImageLoad::kRows;
+  if (as_it_lies && p.stride_w == 1 && aligned(p.stride_c, 16)) return ImageLoad::kPlanes;
+  const int pair = p.image_dtype == DType::kFloat32 ? 8 : 4;
+  const bool pairs = p.stride_w == 1 && p.width % 2 == 0 && start % pair == 0 &&
+                     aligned(p.stride_h, pair) && aligned(p.stride_c, pair) &&
+                     aligned(p.stride_n, pair);
+  return pairs ? ImageLoad::kPairs : ImageLoad::kPixels;
+}
+
+ImageOrder image_order(const InvertedResidualParams& p) {
+  const bool even = p.stem_left % 2 == 0;
+  switch (image_load(p)) {
+    case ImageLoad::kRows:
+      return even ? kEvenPixels : kOddPixels;
+    case ImageLoad::kPlanes:
+      return even ? kEvenPlanes : kOddPlanes;
+    default:
+      return kOddPixels;  // load_image puts them so
+  }
+}
+
 BlockProblem problem_of(const InvertedResidualParams& p) {
-  return {p.batch,    p.expanded_h,   p.expanded_w, p.out_h, p.out_w, p.expands ? p.in_channels : 0,
-          p.expanded, p.out_channels, p.stride,     p.stem};
+  return {p.batch,
+          p.expanded_h,
+          p.expanded_w,
+          p.out_h,
+          p.out_w,
+          p.expands ? p.in_channels : 0,
+          p.expanded,
+          p.out_channels,
+          p.stride,
+          p.stem,
+          p.stem && image_load(p) == ImageLoad::kPlanes};
 }
 
 bool layout_of(const InvertedResidualParams& p, BlockLayout& layout) {
@@ -24,25 +61,16 @@ int chunk_bytes(const InvertedResidualParams& p, const BlockLayout& layout) {
   return packed_chunk_bytes(layout.chunk, layout.tiles, p.stem, steps);
 }
 
-ImageLoad image_load(const InvertedResidualParams& p) {
-  const auto aligned = [&](int64_t stride, int bytes) {
-    return stride * (p.image_dtype == DType::kFloat32 ? 4 : 2) % bytes == 0;
-  };
-  const auto start = reinterpret_cast<uintptr_t>(p.input);
-  const bool rows = p.image_dtype == p.dtype && p.in_channels == 3 && p.stride_c == 1 &&
-                    p.stride_w == 3 && p.stem_left % 2 == 1 && start % 16 == 0 &&
-                    aligned(p.stride_h, 16) && aligned(p.stride_n, 16);
-  if (rows) return ImageLoad::kRows;
-  const int pair = p.image_dtype == DType::kFloat32 ? 8 : 4;
-  const bool pairs = p.stride_w == 1 && p.width % 2 == 0 && start % pair == 0 &&
-                     aligned(p.stride_h, pair) && aligned(p.stride_c, pair) &&
-                     aligned(p.stride_n, pair);
-  return pairs ? ImageLoad::kPairs : ImageLoad::kPixels;
+// Bytes of the packed weights, of one order of those of a stem.
+int64_t order_bytes(const InvertedResidualParams& p, const BlockLayout& layout) {
+  const int chunks = ceil_div(p.expanded, layout.chunk);
+  return int64_t(output_slices(p.out_channels)) *
+         (int64_t(chunks) * chunk_bytes(p, layout) + layout.tiles * 32);
 }
 
 struct Choice {
   bool fits;
-  bool hopper;  // the device can start a kernel early
+  bool hopper;  // the code can start a kernel early
   BlockTile tile;
 };
 
@@ -52,22 +80,21 @@ Choice choose(const InvertedResidualParams& p) {
   int device = 0;
   cudaGetDevice(&device);
   const BlockProblem problem = problem_of(p);
-  const auto key = std::make_tuple(device, problem.batch, problem.e_h, problem.e_w, problem.out_h,
-                                   problem.out_w, problem.source_channels, problem.expanded,
-                                   problem.out_channels, problem.stride, problem.image);
+  const auto key =
+      std::make_tuple(device, problem.batch, problem.e_h, problem.e_w, problem.out_h, problem.out_w,
+                      problem.source_channels, problem.expanded, problem.out_channels,
+                      problem.stride, problem.image, problem.planes);
   static std::mutex mutex;
   static std::map<std::remove_const_t<decltype(key)>, Choice> choices;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = choices.find(key);
   if (found != choices.end()) return found->second;
   BlockDevice limits{};
-  int major = 0;
   cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&limits.shared_per_multiprocessor,
                          cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  limits.clusters = major >= 9;
+  limits.clusters = compiled_arch() >= 900;
   Choice choice{};
   choice.hopper = limits.clusters;
   choice.fits = choose_block_tile(problem, limits, choice.tile);
@@ -82,9 +109,7 @@ Choice choose(const InvertedResidualParams& p) {
 int64_t inverted_residual_packed_bytes(const InvertedResidualParams& p) {
   BlockLayout layout;
   if (!layout_of(p, layout)) return -1;
-  const int chunks = ceil_div(p.expanded, layout.chunk);
-  return int64_t(output_slices(p.out_channels)) *
-         (int64_t(chunks) * chunk_bytes(p, layout) + layout.tiles * 32);
+  return order_bytes(p, layout) * (p.stem ? kImageOrders : 1);
 }
 
 bool inverted_residual_fits(const InvertedResidualParams& p) {
@@ -102,6 +127,9 @@ cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stre
 
   BlockArgs a{};
   a.packed = p.packed;
+  if (p.stem) {
+    a.packed = static_cast<const char*>(p.packed) + image_order(p) * order_bytes(p, layout);
+  }
   a.height = p.height;
   a.width = p.width;
   a.e_h = p.expanded_h;

@@ -244,12 +244,6 @@ __device__ __forceinline__ float4 load_cluster(uint32_t address, int rank) {
                : "r"(remote));
   return v;
 }
-// The kernel before this one in the stream has finished, and what it wrote is there.
-__device__ __forceinline__ void wait_for_input() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-// The next kernel in the stream may start, up to its wait_for_input.
-__device__ __forceinline__ void start_next() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 // Barriers that count the bytes of copies. One thread makes them and starts copies; the others may
 // wait after the next __syncthreads.
@@ -280,14 +274,12 @@ __device__ __forceinline__ void wait_copies(uint32_t barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-#else  // never launched with splits or before the kernel before it has finished there
+#else  // never launched with splits there
 constexpr bool kHasBulkCopies = false;
 __device__ __forceinline__ void make_copy_barrier(uint32_t) {}
 __device__ __forceinline__ void publish_copy_barriers() {}
 __device__ __forceinline__ void copy_bulk(uint32_t, const void*, int, uint32_t) {}
 __device__ __forceinline__ void wait_copies(uint32_t, int) {}
-__device__ __forceinline__ void wait_for_input() {}
-__device__ __forceinline__ void start_next() {}
 __device__ __forceinline__ void cluster_sync() {}
 __device__ __forceinline__ float4 load_cluster(uint32_t, int) { return {}; }
 #endif
@@ -548,11 +540,14 @@ __device__ __forceinline__ void expand_resident(const PackedClamp<T>& clamp, uin
   }
 }
 
-// The same where the source is an image: k is 3 rows of 10 elements of the image, one before the
-// window and the 9 of it, then the bias. A lane's operands are pairs of them, 4 bytes at a time.
-template <typename T, typename Shape>
+// The same where the source is an image. A lane's operands are pairs of k, 4 bytes of the image at
+// a time, and the last pair of lane 3 is the bias. Of rows of pixels k is 3 times 10 elements, the
+// 9 of a row of the window and the one before it, or after it if the window starts in an even
+// column. Of planes a row of the window is an aligned pair and a single element, half of one: k is
+// 9 pairs, then pairs of single elements, see pack_stem_block of packing.py.
+template <typename T, typename Shape, bool kPlanes>
 __device__ __forceinline__ void expand_image(const PackedClamp<T>& clamp, uint32_t fragments,
-                                             uint32_t windows, int image_pitch, uint32_t table,
+                                             uint32_t windows, int pitch, bool odd, uint32_t table,
                                              int tiles, int warp, int warps, int g_row, int q,
                                              uint32_t ones) {
   constexpr int kPairs = Shape::kPairs;
@@ -562,11 +557,25 @@ __device__ __forceinline__ void expand_image(const PackedClamp<T>& clamp, uint32
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) b[s][p] = load_shared16(fragments + (s * kPairs + p) * 512);
   }
-  int at[4];  // of this lane's pairs of a window; the last one of lane 3 is a pair of ones
+  // Where this lane's pairs of a window lie. Of planes, halves of two words make the last two.
+  int at[4], other[2] = {};
+  uint32_t halves[2] = {};
+  if constexpr (kPlanes) {
+    const int pair = odd ? 4 : 0, single = 4 - pair;
+    at[0] = q * pitch + pair;
+    at[1] = (q + 4) * pitch + pair;
+    at[2] = q == 0 ? 8 * pitch + pair : q * pitch + single;
+    other[0] = q == 0 ? at[2] : (q + 4) * pitch + single;
+    at[3] = (q == 0 ? 0 : 8) * pitch + single;
+    other[1] = (q == 0 ? 4 : 8) * pitch + single;
+    halves[1] = odd ? 0x7632 : 0x5410;
+    halves[0] = q == 0 ? 0x3210 : halves[1];
+  } else {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int pair = min(4 * i + q, 14);
-    at[i] = pair / 5 * image_pitch + pair % 5 * 4;
+    for (int i = 0; i < 4; ++i) {
+      const int pair = min(4 * i + q, 14);
+      at[i] = pair / 5 * pitch + pair % 5 * 4;
+    }
   }
 #pragma unroll 1
   for (int t = warp; t < tiles; t += warps) {
@@ -578,6 +587,13 @@ __device__ __forceinline__ void expand_image(const PackedClamp<T>& clamp, uint32
     for (int i = 0; i < 4; ++i) {
       f[i / 2][i % 2 * 2] = load_shared4(window0 + at[i]);
       f[i / 2][i % 2 * 2 + 1] = load_shared4(window1 + at[i]);
+    }
+    if constexpr (kPlanes) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t word = load_shared4((i % 2 == 0 ? window0 : window1) + other[i / 2]);
+        f[1][i] = __byte_perm(f[1][i], word, halves[i / 2]);
+      }
     }
     if (q == 3) f[1][2] = f[1][3] = ones;
     const uint32_t pixel0 = load_shared4(table + entry);
@@ -713,10 +729,15 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     }
   };
 
-  // An image: its first row and column that windows read, and where in a row of shared memory the
-  // pixel before that column lies. Copies of whole rows keep the alignment of device memory.
+  // An image: its first row and column that windows read, and where in a row of shared memory an
+  // even column before it lies, or the one before it. Copies keep the alignment of device memory.
   const int image_y = 2 * top - a.stem_top, image_x = 2 * left - a.stem_left;
-  const int image_lead = a.image_load == ImageLoad::kRows ? (image_x - 1) * 6 & 15 : kImageLead;
+  const bool planes = a.image_load == ImageLoad::kPlanes;
+  const bool as_it_lies = planes || a.image_load == ImageLoad::kRows;
+  const int pixel_bytes = planes ? 2 : 6;
+  const int image_lead = as_it_lies ? (image_x & ~1) * pixel_bytes & 15 : kImageLead;
+  const bool at_lead = planes || (as_it_lies && image_x % 2 == 0);
+  const int first_window = image_lead + (at_lead ? 0 : 4);
 
   // 2. On their way: weights of the first chunk, and the source. Where its pixels go in e; zeros
   // where e is outside the map, which every chunk leaves alone.
@@ -743,9 +764,9 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     const int m = (image * vh + y - y0) * vw + column - x0;
     store_shared4(table + m * 4, pixel);
     if constexpr (Shape::kImage) {
-      store_shared4(
-          table + (m_tiles * 16 + m) * 4,
-          source + (image * (2 * eh + 1) + 2 * line_y) * a.image_pitch + image_lead + 4 + x * 12);
+      store_shared4(table + (m_tiles * 16 + m) * 4,
+                    source + (image * (2 * eh + 1) + 2 * line_y) * a.image_pitch + first_window +
+                        x * 2 * pixel_bytes);
     } else if (a.k8 <= kFewUnits) {
       const T* const from =
           input + (image0 + image) * a.image_step + (y * a.width + column) * a.in_channels;
@@ -781,22 +802,21 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
           load_image<T, Pixel, false>(a, first, to, image_y, image_x, rows);
         }
       };
-      if (a.image_load == ImageLoad::kRows) {
-        // 16 threads a row, 16 bytes each at a time.
-        for (int at = threadIdx.x % 16 * 16; at < a.image_pitch; at += 256) {
-          const int column = (image_x - 1) * 6 - image_lead + at;
-          const int real = column < 0 ? 0 : max(min(a.width * 6 - column, 16), 0);
-          int r = threadIdx.x / 16;
-          uint32_t row = to + r * a.image_pitch + at;
-          const T* p = input + from + (image_y + r) * int64_t(a.stride_h) + column / 2;
-          for (; r < rows; r += threads / 16) {
-            if (real > 0 && unsigned(image_y + r) < unsigned(a.height)) {
-              copy_async_part(row, p, real);
+      if (as_it_lies) {
+        // 16 threads a row of pixels or of a plane, 16 bytes each at a time.
+        const int pitch = planes ? a.image_pitch / 3 : a.image_pitch;
+        for (int at = threadIdx.x % 16 * 16; at < pitch; at += 256) {
+          const int column = (image_x & ~1) * pixel_bytes - image_lead + at;  // in bytes
+          const int real = column < 0 ? 0 : max(min(a.width * pixel_bytes - column, 16), 0);
+          const T* const p = input + from + column / 2;
+          for (int i = threadIdx.x / 16; i < (planes ? 3 * rows : rows); i += threads / 16) {
+            const int r = planes ? i / 3 : i, y = image_y + r;
+            if (real > 0 && unsigned(y) < unsigned(a.height)) {
+              copy_async_part(to + i * pitch + at,
+                              p + (y * a.stride_h + (i - 3 * r) * (planes ? a.stride_c : 0)), real);
             } else {
-              store_shared16(row, {0, 0, 0, 0});
+              store_shared16(to + i * pitch + at, {0, 0, 0, 0});
             }
-            row += threads / 16 * a.image_pitch;
-            p += threads / 16 * a.stride_h;
           }
         }
       } else if (a.image_dtype == DType::kFloat32) {
@@ -913,8 +933,16 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       copy_async_commit();
       copy_async_wait<0>();
     } else if constexpr (Shape::kImage) {
-      expand_image<T, Shape>(clamp, expand_fragments, table + m_tiles * 64, a.image_pitch, table,
-                             m_tiles, warp, warps, g_row, q, two_ones);
+      const auto expand = [&](auto planes) {
+        expand_image<T, Shape, decltype(planes)::value>(
+            clamp, expand_fragments, table + m_tiles * 64, a.image_pitch / (planes ? 3 : 1),
+            a.stem_left % 2 != 0, table, m_tiles, warp, warps, g_row, q, two_ones);
+      };
+      if (a.image_load == ImageLoad::kPlanes) {
+        expand(std::true_type{});
+      } else {
+        expand(std::false_type{});
+      }
     } else if constexpr (Shape::kResident) {
       const auto expand = [&](auto units) {
         constexpr int kUnits = decltype(units)::value;

@@ -25,6 +25,9 @@ __global__ void __launch_bounds__(kLanes* kSplits)
   const int c0 = (slice * kLanes + threadIdx.x) * kV;
   const bool inside = c0 < p.channels;
 
+  wait_for_input();
+  start_next();
+
   // 1. This thread's share of the pixels.
   double sum[kV] = {};
   if (inside) {
@@ -83,6 +86,8 @@ __global__ void __launch_bounds__(256)
   }
 
   // 2. Its sum.
+  wait_for_input();
+  start_next();
   const T* const input =
       static_cast<const T*>(p.input) + image * p.height * p.width * p.channels + c0;
   float sum[kV] = {};
@@ -111,10 +116,11 @@ cudaError_t launch_global(const GlobalPoolParams& p, cudaStream_t stream) {
     part.batch = p.batch - first < images_per_launch ? p.batch - first : images_per_launch;
     part.input = static_cast<const T*>(p.input) + first * p.pixels * p.channels;
     part.output = static_cast<T*>(p.output) + first * p.channels;
-    global_pool<T, kV>
-        <<<unsigned(part.batch * slices), dim3(kLanes, kSplits), 0, stream>>>(part, slices, scale);
+    const cudaError_t error = launch_kernel(global_pool<T, kV>, unsigned(part.batch * slices),
+                                            dim3(kLanes, kSplits), 0, stream, part, slices, scale);
+    if (error != cudaSuccess) return error;
   }
-  return cudaGetLastError();
+  return cudaSuccess;
 }
 
 template <typename T, int kV>
@@ -123,8 +129,8 @@ cudaError_t launch_window(const PoolParams& p, cudaStream_t stream) {
   const int64_t threads = p.batch * p.out_h * p.out_w * channel_vecs;
   const int64_t blocks = ceil_div(threads, int64_t(256));
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  window_pool<T, kV><<<unsigned(blocks), 256, 0, stream>>>(p, channel_vecs, threads);
-  return cudaGetLastError();
+  return launch_kernel(window_pool<T, kV>, unsigned(blocks), 256, 0, stream, p, channel_vecs,
+                       threads);
 }
 
 }  // namespace

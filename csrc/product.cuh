@@ -1,6 +1,6 @@
 // The matrix product behind pointwise convolutions, linear layers and implicit-GEMM convolutions:
 //
-//   output[z, m, n] = clamp(sum_k A[z, m, k] * weight[z, n, k] + bias[z, n])
+//   output[z, m, n] = clamp(sum_k A[z, m, k] * weight[z, n, k] + bias[z, n]) [+ residual[z, m, n]]
 //
 // weight is (z, n, k), dense, k innermost; output has `pitch` elements from row to row. What A is,
 // a loader decides: rows of a matrix, or windows of an image gathered on the fly. z counts the
@@ -16,7 +16,8 @@ namespace torch_mbv2 {
 
 struct ProductParams {
   const void* weight;
-  const void* bias;  // or null
+  const void* bias;      // or null
+  const void* residual;  // or null; added to the output, which it is like
   void* output;
   int64_t m;
   int n, k;
@@ -223,6 +224,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   };
 
   // 2. The product, kStages - 1 stages of loads ahead of it.
+  wait_for_input();
+  start_next();
   float acc[kColumns][4] = {};
 #pragma unroll
   for (int s = 0; s < Tile::kStages - 1; ++s) {
@@ -283,8 +286,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
     __syncthreads();
   }
 
-  // 4. Bias, activation, one rounding; staged so that the stores are whole rows.
+  // 4. Bias, activation, residual, one rounding; staged so that the stores are whole rows.
   T* const staged = reinterpret_cast<T*>(shared);
+  const T* const residual = static_cast<const T*>(g.residual);
   const T* const bias =
       g.bias == nullptr ? nullptr : static_cast<const T*>(g.bias) + z * g.bias_step;
   if (split == 0) {
@@ -301,7 +305,13 @@ __global__ void __launch_bounds__(Tile::kThreads)
         float pair[2];
         pair[0] = apply(g.act, acc[j][2 * half] + b[0]);
         pair[1] = apply(g.act, acc[j][2 * half + 1] + b[1]);
-        store_floats(staged + (warp_row + lane / 4 + half * 8) * Tile::kPitch + column, pair);
+        const int row = warp_row + lane / 4 + half * 8;
+        if (residual != nullptr && m0 + row < g.m) {
+          const T* const from = residual + z * g.output_step + (m0 + row) * g.pitch + n0 + column;
+          if (n0 + column < g.n) pair[0] += to_float(from[0]);
+          if (n0 + column + 1 < g.n) pair[1] += to_float(from[1]);
+        }
+        store_floats(staged + row * Tile::kPitch + column, pair);
       }
     }
   }
@@ -408,6 +418,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   };
 
   // 2. The product, kStages - 1 stages of loads ahead of it.
+  wait_for_input();
+  start_next();
   float acc[kRows][kColumns] = {};
   float total[kRows * kColumns] = {};  // with splits only
 #pragma unroll
@@ -480,9 +492,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     for (int i = 0; i < kRows * kColumns; ++i) acc[i / kColumns][i % kColumns] = total[i];
   }
 
-  // 4. Bias, activation, store.
+  // 4. Bias, activation, residual, store.
   const float* const bias =
       g.bias == nullptr ? nullptr : static_cast<const float*>(g.bias) + z * g.bias_step;
+  const float* const residual = static_cast<const float*>(g.residual);
   float* const output = static_cast<float*>(g.output) + z * g.output_step;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
@@ -492,7 +505,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int64_t row = m0 + y + Tile::kRowThreads * i;
-      if (row < g.m) output[row * g.pitch + column] = apply(g.act, acc[i][j] + b);
+      if (row >= g.m) continue;
+      float value = apply(g.act, acc[i][j] + b);
+      const int64_t at = row * g.pitch + column;
+      if (residual != nullptr) value += residual[z * g.output_step + at];
+      output[at] = value;
     }
   }
 }
@@ -513,8 +530,7 @@ cudaError_t launch_product(Kernel kernel, int tile_m, int tile_n, int threads, i
   }
   constexpr int kMostZ = 65535;  // of a grid
   const dim3 grid(unsigned(blocks), ceil_div(z_count, kMostZ), z_count < kMostZ ? z_count : kMostZ);
-  kernel<<<grid, threads, shared_bytes, stream>>>(g, a);
-  return cudaGetLastError();
+  return launch_kernel(kernel, grid, threads, shared_bytes, stream, g, a);
 }
 
 // The tiles compiled for a type. Tall ones for many rows: all or much of n at once, so that A is

@@ -72,6 +72,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t cout = item / in_channels;
   const T* const g = weight + cout * 9 * in_channels + (item - cout * in_channels);
   float rows[4][3];
+  wait_for_input();
+  start_next();
 #pragma unroll
   for (int j = 0; j < 3; ++j) {
     const float g0 = to_float(g[j * int64_t(in_channels)]);
@@ -106,6 +108,8 @@ __global__ void __launch_bounds__(kThreads) transform_input(const __grid_constan
   const int top = 2 * at.row - p.pad_top, left = 2 * at.column - p.pad_left;
   const T* const image = static_cast<const T*>(p.input) + at.image * p.in_stride_n + channel;
 
+  wait_for_input();
+  start_next();
   float d[4][4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -149,6 +153,8 @@ __global__ void __launch_bounds__(kThreads) transform_output(const __grid_consta
 
   const int64_t step = a.count * p.out_channels;
   const float* const m = a.transformed + item;
+  wait_for_input();
+  start_next();
   float rows[2][4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -191,33 +197,39 @@ cudaError_t conv_winograd(const ConvParams& p, void* workspace, cudaStream_t str
   return dispatch(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t weights = int64_t(p.out_channels) * p.in_channels;
+    cudaError_t error = cudaSuccess;
     if (weights > 0) {
-      transform_weight<T><<<blocks_of(weights), kThreads, 0, stream>>>(
-          static_cast<const T*>(p.weight), u, p.out_channels, p.in_channels);
+      error = launch_kernel(transform_weight<T>, blocks_of(weights), kThreads, 0, stream,
+                            static_cast<const T*>(p.weight), u, p.out_channels, p.in_channels);
+      if (error != cudaSuccess) return error;
     }
     for (int64_t first = 0; first < plan.tiles; first += plan.chunk) {
       const int64_t count = std::min(plan.chunk, plan.tiles - first);
       TileArgs args = {p, v, first, count, plan.tiles_h, plan.tiles_w};
       if (p.in_channels > 0) {
-        transform_input<T><<<blocks_of(count * p.in_channels), kThreads, 0, stream>>>(args);
+        error = launch_kernel(transform_input<T>, blocks_of(count * p.in_channels), kThreads, 0,
+                              stream, args);
+        if (error != cudaSuccess) return error;
       }
       constexpr float kInfinity = INFINITY;
-      const cudaError_t error = gemm({v,
-                                      u,
-                                      nullptr,
-                                      m,
-                                      count,
-                                      p.out_channels,
-                                      p.in_channels,
-                                      16,
-                                      {-kInfinity, kInfinity},
-                                      DType::kFloat32},
-                                     stream);
+      error = gemm({v,
+                    u,
+                    nullptr,
+                    m,
+                    count,
+                    p.out_channels,
+                    p.in_channels,
+                    16,
+                    {-kInfinity, kInfinity},
+                    DType::kFloat32},
+                   stream);
       if (error != cudaSuccess) return error;
       args.transformed = m;
-      transform_output<T><<<blocks_of(count * p.out_channels), kThreads, 0, stream>>>(args);
+      error = launch_kernel(transform_output<T>, blocks_of(count * p.out_channels), kThreads, 0,
+                            stream, args);
+      if (error != cudaSuccess) return error;
     }
-    return cudaGetLastError();
+    return cudaSuccess;
   });
 }
 

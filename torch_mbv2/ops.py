@@ -1252,14 +1252,15 @@ def stem_block(
 ) -> Tensor:
     """MobileNetV2's start in one kernel: the stem, a dense convolution, and the first block, which
     has no expansion and stride 1. It reads images of up to 3 channels, of any float dtype and
-    layout, as they are; channels_last in the dtype of the weights is fastest.
+    layout, as they are; those in the dtype of the weights with rows of a multiple of 16 bytes are
+    fastest.
 
     Equivalent: `y = act(F.conv2d(F.pad(input.to(stem_weight.dtype), stem_padding), stem_weight,
     stem_bias, stem_stride))`; `y = act(F.conv2d(F.pad(y, padding), depthwise_weight,
     depthwise_bias, groups=S))`; `F.conv2d(y, project_weight, project_bias)`. Where no fused kernel
     fits the sizes, the dtype or the activation (a lower bound other than 0), CUDA runs these steps
     one by one. The fused kernel multiplies by zeros: an infinite or NaN element becomes NaN in the
-    channels beside it and in the pixel right of those that read it. Source: Sandler et al.,
+    channels beside it and in the pixel left or right of those that read it. Source: Sandler et al.,
     "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, rows 1 and 2 of table 2.
 
     Args:

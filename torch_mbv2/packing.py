@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -91,23 +92,45 @@ def pack_stem_block(
     stem, channels, *window = stem_weight.shape
     if channels > 3 or window != [3, 3] or not _serves(depthwise_weight, project_weight):
         return None
-    # k is 3 rows of 10 elements of the image, one before the window and the 9 of it, then the bias
-    # as the rounded one and what that lost.
-    rows = stem_weight.new_zeros(stem, 3, 10)
-    rows[:, :, 1:].unflatten(2, (3, 3))[..., :channels] = stem_weight.permute(0, 2, 3, 1)
     biases = stem_weight.new_zeros(stem, 2)
     if stem_bias is not None:
         biases = _split(stem_bias.float(), stem_weight.dtype)
-    return _pack(
-        torch.cat([rows.flatten(1), biases], 1),
-        None,
-        depthwise_weight,
-        depthwise_bias,
-        project_weight,
-        project_bias,
-        _STEM_LAYOUTS,
-        bias_in_matrix=True,
-    )
+    parts = [
+        _pack(
+            torch.cat([order, biases], 1),
+            None,
+            depthwise_weight,
+            depthwise_bias,
+            project_weight,
+            project_bias,
+            _STEM_LAYOUTS,
+            bias_in_matrix=True,
+        )
+        for order in _image_orders(stem_weight)
+    ]
+    return None if parts[0] is None else torch.cat(parts)
+
+
+def _image_orders(weight: Tensor) -> list[Tensor]:
+    """The weights of the stem as k = 30 of a matrix, in `ImageOrder` of csrc/block_tiles.h. The
+    bias, as the rounded one and what that lost, are another 2."""
+    # (S, row, column, channel)
+    taps = weight.new_zeros(weight.shape[0], 3, 3, 3)
+    taps[..., : weight.shape[1]] = weight.permute(0, 2, 3, 1)
+    orders = []
+    for first in (1, 0):  # rows of 10 elements of the image: one before the window's 9, or after
+        rows = weight.new_zeros(weight.shape[0], 3, 10)
+        rows[:, :, first : first + 9] = taps.flatten(2)
+        orders.append(rows.flatten(1))
+    # (S, row and channel, column)
+    taps = taps.transpose(2, 3).flatten(1, 2)
+    for pair, single in ((slice(1, 3), 0), (slice(0, 2), 2)):
+        # aligned pairs of columns of all 9; what is left of 1 and 5, 2 and 6, 3 and 7, 0 and 4, 8
+        left = taps[:, :, single]
+        halves = torch.stack([left[:, 0:4], left[:, 4:8]], 2).roll(-1, 1)
+        rest = F.pad(left[:, 8:], (0, 3))
+        orders.append(torch.cat([taps[:, :, pair].flatten(1), halves.flatten(1), rest], 1))
+    return orders
 
 
 def _serves(depthwise_weight: Tensor, project_weight: Tensor) -> bool:
