@@ -357,10 +357,8 @@ cudaError_t run_winograd(const ConvParams& p, const Tensor& input, cudaStream_t 
   return conv_winograd(p, workspace.data_ptr(), stream);
 }
 
-// conv2d, and `residual` added to it, for pointwise convolutions only.
-Tensor convolve(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding,
-                Ints dilation, int64_t groups, Bound act_min, Bound act_max,
-                std::optional<Tensor> residual) {
+Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding,
+              Ints dilation, int64_t groups, Bound act_min, Bound act_max) {
   const char* op = "conv2d";
   ConvParams p =
       conv_params(op, input, weight, bias, stride, padding, dilation, groups, act_min, act_max);
@@ -396,20 +394,13 @@ Tensor convolve(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints st
       break;
     case Route::kGemm: {
       const int64_t pixels = p.batch * p.height * p.width;
-      if (residual) residual = dense_nhwc(*residual);
       check_launch(op, gemm({p.input, p.weight, p.bias, p.output, pixels, p.out_channels,
-                             p.in_channels, 1, p.act, p.dtype, pointer(residual)},
+                             p.in_channels, 1, p.act, p.dtype},
                             stream));
       break;
     }
   }
   return output;
-}
-
-Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding,
-              Ints dilation, int64_t groups, Bound act_min, Bound act_max) {
-  return convolve(input, weight, bias, stride, padding, dilation, groups, act_min, act_max,
-                  std::nullopt);
 }
 
 Tensor conv2d_winograd(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints padding,
@@ -712,10 +703,8 @@ Tensor inverted_residual(Tensor input, std::optional<Tensor> expand_weight,
   }
   y = conv2d(y, depthwise_weight, depthwise_bias, stride, padding, ones, expanded, act_min,
              act_max);
-  std::optional<Tensor> added;
-  if (residual) added = input;
-  return convolve(y, project_weight, project_bias, ones, none, ones, 1, std::nullopt, std::nullopt,
-                  added);
+  y = conv2d(y, project_weight, project_bias, ones, none, ones, 1, std::nullopt, std::nullopt);
+  return residual ? add(input, y, std::nullopt, std::nullopt) : y;
 }
 
 Tensor stem_block(Tensor input, Tensor stem_weight, std::optional<Tensor> stem_bias,
@@ -793,11 +782,11 @@ Tensor stem_block(Tensor input, Tensor stem_weight, std::optional<Tensor> stem_b
     p.image_dtype = dtype_of(input);
     p.act = clamp(act_min, act_max);
     p.dtype = dtype_of(stem_weight);
-    p.input = input.data_ptr();
     if (is_fused(op, p, packed)) {
       Tensor output =
           empty(stem_weight, {batch, out_channels, out_h, out_w}, MemoryFormat::ChannelsLast);
       if (output.numel() == 0) return output;
+      p.input = input.data_ptr();
       p.packed = packed->data_ptr();
       p.output = output.data_ptr();
       check_launch(op, torch_mbv2::inverted_residual(p, current_stream(input)));

@@ -9,10 +9,9 @@ namespace torch_mbv2 {
 
 // How the stem reads its image.
 enum class ImageLoad {
-  kRows,    // 3 channels of a pixel are neighbours, in the dtype of the weights: rows as they are
-  kPlanes,  // columns are neighbours, in the dtype of the weights: rows of 3 planes as they are
-  kPairs,   // columns are neighbours, and pairs of them aligned
-  kPixels   // anything else
+  kRows,   // 3 channels of a pixel are neighbours, in the dtype of the weights: rows as they are
+  kPairs,  // columns are neighbours, and pairs of them aligned
+  kPixels  // anything else
 };
 // Bytes of a row of the image in shared memory before the pixel that precedes its windows, unless
 // rows are copied as they are.
@@ -39,12 +38,13 @@ struct BlockArgs {
   int64_t slice_bytes;
   int weights_offset, expanded_offset, table_offset;  // in shared memory
   bool residual;
+  bool one_round;  // all thread blocks run at once
   Clamp act;
   int64_t image_step;  // elements from one image of the input to the next
   // The stem alone: element strides of the image, its padding, its dtype.
   int stride_h, stride_w, stride_c;
   int stem_top, stem_left;
-  int image_pitch;  // bytes of a row of the image, of all its planes, in shared memory
+  int image_pitch;  // bytes of a row of the image in shared memory
   DType image_dtype;
   ImageLoad image_load;
   Divider image_pairs;  // pairs of pixels of a row, unless rows are copied as they are

@@ -46,42 +46,45 @@ struct BlockKernel {
   int chunk;        // expanded channels at a time
   bool image;       // the source is an image
   bool resident;    // at most 4 units of 8 source channels
+  bool pipelined;   // a warp starts on its next channels meanwhile, which takes registers
   int pixel_tiles;  // of 16 source pixels that share a read of the expansion's weights
   int warps;        // at most, of a block
   int min_blocks;   // that a multiprocessor must have registers for
 };
 constexpr BlockKernel kBlockKernels[] = {
     // stride 1, few channels: early blocks
-    {1, 2, 2, 1, 48, false, true, 1, 8, 2},
-    {1, 3, 2, 1, 48, false, true, 1, 8, 2},
-    {1, 3, 4, 1, 48, false, true, 1, 6, 2},
-    {1, 4, 2, 1, 48, false, true, 1, 8, 2},
-    {1, 8, 1, 1, 48, false, true, 1, 6, 2},
-    {1, 3, 2, 1, 32, false, true, 1, 8, 2},
+    {1, 2, 2, 1, 48, false, true, false, 1, 8, 2},
+    {1, 3, 2, 1, 48, false, true, false, 1, 8, 2},
+    {1, 3, 4, 1, 48, false, true, false, 1, 6, 2},
+    {1, 4, 2, 1, 48, false, true, false, 1, 8, 2},
+    {1, 8, 1, 1, 48, false, true, true, 1, 6, 2},
+    {1, 3, 2, 1, 32, false, true, false, 1, 8, 2},
     // stride 2, few channels
-    {2, 2, 1, 1, 48, false, true, 1, 8, 2},
-    {2, 3, 1, 1, 48, false, true, 1, 8, 2},
-    {2, 4, 1, 1, 48, false, true, 1, 8, 2},
-    {2, 4, 2, 1, 48, false, true, 1, 8, 2},
-    {2, 8, 1, 1, 48, false, true, 1, 8, 2},
-    {2, 3, 1, 1, 32, false, true, 1, 8, 2},
+    {2, 2, 1, 1, 48, false, true, true, 1, 8, 2},
+    {2, 3, 1, 1, 48, false, true, true, 1, 8, 2},
+    {2, 4, 1, 1, 48, false, true, true, 1, 8, 2},
+    {2, 4, 2, 1, 48, false, true, false, 1, 8, 2},
+    {2, 8, 1, 1, 48, false, true, false, 1, 8, 2},
+    {2, 3, 1, 1, 32, false, true, true, 1, 8, 2},
     // many channels
-    {1, 8, 1, 2, 48, false, false, 1, 8, 2},
-    {1, 12, 1, 1, 48, false, false, 1, 16, 1},
-    {1, 12, 1, 2, 48, false, false, 2, 8, 1},
-    {1, 20, 1, 1, 48, false, false, 1, 8, 1},
-    {1, 40, 1, 1, 48, false, false, 1, 8, 1},
-    {2, 8, 1, 1, 48, false, false, 1, 8, 2},
-    {2, 12, 1, 1, 48, false, false, 2, 8, 1},
-    {2, 20, 1, 1, 48, false, false, 2, 8, 1},
-    {2, 40, 1, 1, 48, false, false, 1, 8, 1},
+    {1, 8, 1, 2, 48, false, false, false, 1, 8, 2},
+    {1, 8, 1, 1, 48, false, false, true, 1, 8, 2},
+    {1, 8, 1, 2, 48, false, false, true, 1, 8, 1},
+    {1, 12, 1, 1, 48, false, false, true, 1, 12, 1},
+    {1, 12, 1, 2, 48, false, false, true, 2, 8, 1},
+    {1, 20, 1, 1, 48, false, false, true, 1, 8, 1},
+    {1, 40, 1, 1, 48, false, false, true, 1, 8, 1},
+    {2, 8, 1, 1, 48, false, false, false, 1, 8, 2},
+    {2, 12, 1, 1, 48, false, false, true, 2, 8, 1},
+    {2, 20, 1, 1, 48, false, false, true, 2, 8, 1},
+    {2, 40, 1, 1, 48, false, false, true, 1, 8, 1},
     // the stem and the first block
-    {1, 2, 2, 1, 32, true, true, 1, 8, 2},
-    {1, 2, 4, 1, 32, true, true, 1, 6, 2},
-    {1, 4, 2, 1, 32, true, true, 1, 8, 2},
-    {1, 2, 2, 1, 48, true, true, 1, 8, 2},
-    {1, 4, 2, 1, 48, true, true, 1, 8, 1},
-    {1, 2, 1, 2, 32, true, true, 1, 8, 2},
+    {1, 2, 2, 1, 32, true, true, false, 1, 8, 2},
+    {1, 2, 4, 1, 32, true, true, false, 1, 6, 2},
+    {1, 4, 2, 1, 32, true, true, false, 1, 8, 2},
+    {1, 2, 2, 1, 48, true, true, false, 1, 8, 2},
+    {1, 4, 2, 1, 48, true, true, false, 1, 8, 1},
+    {1, 2, 1, 2, 32, true, true, false, 1, 8, 2},
 };
 constexpr int kBlockKernelCount = sizeof(kBlockKernels) / sizeof(kBlockKernels[0]);
 
@@ -94,7 +97,6 @@ struct BlockProblem {
   int expanded, out_channels;
   int stride;
   bool image;
-  bool planes;  // the image is copied plane by plane
 };
 
 // Units of 8 channels of a source pixel in shared memory.
@@ -102,10 +104,10 @@ inline int source_units(const BlockKernel& kernel, int channels) {
   const int units = (channels + 7) / 8;
   return kernel.resident ? units : (units + 1) / 2 * 2;
 }
-// How the weights of a stem are packed, one after the other: for rows of pixels or of planes, as they
-// lie in shared memory, and windows that start in odd or even columns.
-enum ImageOrder { kOddPixels, kEvenPixels, kOddPlanes, kEvenPlanes };
-constexpr int kImageOrders = 4;
+// How the weights of a stem are packed, one after the other: for windows that start in odd columns
+// of the rows in shared memory, and in even ones.
+enum ImageOrder { kOddWindows, kEvenWindows };
+constexpr int kImageOrders = 2;
 
 inline int expand_steps(bool image, int channels) { return image ? 2 : (channels + 15) / 16; }
 inline int output_slices(int out_channels) {
@@ -158,6 +160,7 @@ struct BlockTile {
   int row_pixels, odd;  // of a row of e; see BlockArgs
   int weights_offset, expanded_offset, table_offset, image_pitch;
   int shared_bytes;
+  bool one_round;  // no more thread blocks than multiprocessors
   double clocks;
 };
 
@@ -195,8 +198,7 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   const int steps = p.source_channels == 0 ? 0 : expand_steps(k.image, p.source_channels);
   const int warps = t.warps_x * t.warps_y * t.images;
   const int rows = up(pixels, 16 * k.pixel_tiles);
-  // A plane starts 8 banks off a multiple of 16, which keeps those of 4 planes apart.
-  t.image_pitch = !k.image ? 0 : p.planes ? 3 * (up(4 * ew - 16, 64) + 32) : up(12 * ew + 32, 16);
+  t.image_pitch = k.image ? up(12 * ew + 32, 16) : 0;
   const int units = p.source_channels == 0 ? 0 : source_units(k, p.source_channels);
   const int source_bytes = k.image      ? t.images * (2 * eh + 1) * t.image_pitch
                            : units == 0 ? 0
@@ -217,9 +219,11 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
 
   const double blocks = double((p.batch + t.images - 1) / t.images) * t.tiles_x * t.tiles_y *
                         t.splits * output_slices(p.out_channels);
-  // No more blocks than multiprocessors: one for each. A kernel that starts while the one before it
-  // still fills most of them would otherwise crowd into those that are free.
-  if (t.splits == 1 && blocks <= device.multiprocessors) {
+  t.one_round = blocks <= device.multiprocessors;
+  // Then one for each. A kernel that starts while the one before it still fills most of them would
+  // otherwise crowd into those that are free. (Larger clusters would wait for each other: they do
+  // not fill every group of multiprocessors.)
+  if (t.splits <= 2 && t.one_round) {
     t.shared_bytes = std::max(
         t.shared_bytes, std::min(device.shared_per_block, device.shared_per_multiprocessor / 2));
   }
@@ -246,12 +250,12 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   const double one =
       my_chunks * (rounds_of_pixels * k.pixel_tiles * expand + convolve) + fill / warps + around;
   const double dependent = my_chunks * (rounds_of_pixels * (steps + 1) + pairs * 15);
-  // Clocks a block takes of a busy multiprocessor, and from its start to its end; with others of
-  // its cluster, it adds up their sums. The constants were fitted to times of the likely tiles
-  // of the blocks of MobileNetV2 on an H100 at batch 1, 8, 32 and 256.
-  const double sums = t.splits > 1 ? 58.0 * out_tiles * k.tiles : 0.0;
-  const double throughput = 0.51 * all + warps * sums;
-  const double latency = 1.54 * one + 37.6 * dependent + sums + (t.splits > 1 ? 4200 : 0);
+  // Clocks a block takes of a busy multiprocessor, which with others of its cluster adds up their
+  // sums, and from its start to its end. The constants were fitted to times of the likely tiles of
+  // the blocks of MobileNetV2 on an H100 at batch 1, 8, 32 and 256.
+  const double throughput = 0.47 * all + (t.splits > 1 ? 63.0 * warps * out_tiles * k.tiles : 0.0);
+  const double waits = k.resident || k.pipelined ? 1.0 : 1.47;  // for products, nothing beside them
+  const double latency = waits * (0.66 * one + 45.2 * dependent) + 2240;
   // Blocks at a time on a multiprocessor: 64 K registers in four parts, shared memory.
   const int registers = (65536 / (k.min_blocks * k.warps * 32)) / 8 * 8;
   const int by_registers = 16384 / (registers * 32) * 4 / warps;
@@ -262,7 +266,7 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
       t.splits >= 4 ? std::max(1, device.multiprocessors * 10 / 11) : device.multiprocessors;
   const double rounds = std::max(1.0, std::ceil(blocks / multiprocessors));
   const double together = std::min<double>(resident, rounds);
-  constexpr double kBlend = 2.2;  // between the larger of both and their sum
+  constexpr double kBlend = 2.47;  // between the larger of both and their sum
   t.clocks =
       std::pow(std::pow(together * throughput, kBlend) + std::pow(latency, kBlend), 1 / kBlend) *
       rounds / together;

@@ -9,7 +9,6 @@ cudaError_t run(const GemmParams& p, cudaStream_t stream) {
   ProductParams g{};
   g.weight = p.weight;
   g.bias = p.bias;
-  g.residual = p.residual;
   g.output = p.output;
   g.m = p.m;
   g.n = p.n;

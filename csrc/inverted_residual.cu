@@ -14,10 +14,10 @@ ImageLoad image_load(const InvertedResidualParams& p) {
     return stride * (p.image_dtype == DType::kFloat32 ? 4 : 2) % bytes == 0;
   };
   const auto start = reinterpret_cast<uintptr_t>(p.input);
-  const bool as_it_lies = p.image_dtype == p.dtype && p.in_channels == 3 && start % 16 == 0 &&
-                          aligned(p.stride_h, 16) && aligned(p.stride_n, 16);
-  if (as_it_lies && p.stride_c == 1 && p.stride_w == 3) return ImageLoad::kRows;
-  if (as_it_lies && p.stride_w == 1 && aligned(p.stride_c, 16)) return ImageLoad::kPlanes;
+  const bool rows = p.image_dtype == p.dtype && p.in_channels == 3 && p.stride_c == 1 &&
+                    p.stride_w == 3 && start % 16 == 0 && aligned(p.stride_h, 16) &&
+                    aligned(p.stride_n, 16);
+  if (rows) return ImageLoad::kRows;
   const int pair = p.image_dtype == DType::kFloat32 ? 8 : 4;
   const bool pairs = p.stride_w == 1 && p.width % 2 == 0 && start % pair == 0 &&
                      aligned(p.stride_h, pair) && aligned(p.stride_c, pair) &&
@@ -26,29 +26,13 @@ ImageLoad image_load(const InvertedResidualParams& p) {
 }
 
 ImageOrder image_order(const InvertedResidualParams& p) {
-  const bool even = p.stem_left % 2 == 0;
-  switch (image_load(p)) {
-    case ImageLoad::kRows:
-      return even ? kEvenPixels : kOddPixels;
-    case ImageLoad::kPlanes:
-      return even ? kEvenPlanes : kOddPlanes;
-    default:
-      return kOddPixels;  // load_image puts them so
-  }
+  // What load_image puts into registers first it aligns as well.
+  return image_load(p) == ImageLoad::kRows && p.stem_left % 2 == 0 ? kEvenWindows : kOddWindows;
 }
 
 BlockProblem problem_of(const InvertedResidualParams& p) {
-  return {p.batch,
-          p.expanded_h,
-          p.expanded_w,
-          p.out_h,
-          p.out_w,
-          p.expands ? p.in_channels : 0,
-          p.expanded,
-          p.out_channels,
-          p.stride,
-          p.stem,
-          p.stem && image_load(p) == ImageLoad::kPlanes};
+  return {p.batch,    p.expanded_h,   p.expanded_w, p.out_h, p.out_w, p.expands ? p.in_channels : 0,
+          p.expanded, p.out_channels, p.stride,     p.stem};
 }
 
 bool layout_of(const InvertedResidualParams& p, BlockLayout& layout) {
@@ -80,10 +64,9 @@ Choice choose(const InvertedResidualParams& p) {
   int device = 0;
   cudaGetDevice(&device);
   const BlockProblem problem = problem_of(p);
-  const auto key =
-      std::make_tuple(device, problem.batch, problem.e_h, problem.e_w, problem.out_h, problem.out_w,
-                      problem.source_channels, problem.expanded, problem.out_channels,
-                      problem.stride, problem.image, problem.planes);
+  const auto key = std::make_tuple(device, problem.batch, problem.e_h, problem.e_w, problem.out_h,
+                                   problem.out_w, problem.source_channels, problem.expanded,
+                                   problem.out_channels, problem.stride, problem.image);
   static std::mutex mutex;
   static std::map<std::remove_const_t<decltype(key)>, Choice> choices;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -164,6 +147,7 @@ cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stre
   a.expanded_offset = t.expanded_offset;
   a.table_offset = t.table_offset;
   a.residual = p.residual;
+  a.one_round = t.one_round;
   a.act = p.act;
   a.stride_h = p.stride_h;
   a.stride_w = p.stride_w;

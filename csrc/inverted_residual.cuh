@@ -231,8 +231,21 @@ struct PackedClamp {
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void cluster_sync() {
+// What this thread stored to shared memory is there for the blocks of its cluster that have waited
+// for its arrival. A release of device memory as well would take much longer.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#else
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+// Where it stored nothing that others read.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ float4 load_cluster(uint32_t address, int rank) {
@@ -280,7 +293,9 @@ __device__ __forceinline__ void make_copy_barrier(uint32_t) {}
 __device__ __forceinline__ void publish_copy_barriers() {}
 __device__ __forceinline__ void copy_bulk(uint32_t, const void*, int, uint32_t) {}
 __device__ __forceinline__ void wait_copies(uint32_t, int) {}
-__device__ __forceinline__ void cluster_sync() {}
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_arrive_relaxed() {}
+__device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ float4 load_cluster(uint32_t, int) { return {}; }
 #endif
 
@@ -292,6 +307,7 @@ struct BlockShape {
   static constexpr int kRows = kKernel.rows, kCols = kKernel.cols, kChunk = kKernel.chunk;
   static constexpr int kPixelTiles = kKernel.pixel_tiles;
   static constexpr bool kImage = kKernel.image, kResident = kKernel.resident;
+  static constexpr bool kPipelined = kKernel.pipelined;
   static constexpr int kMaxThreads = 32 * kKernel.warps;
   static constexpr int kMinBlocks = kKernel.min_blocks;
   static constexpr int kPitch = kChunk * 2 + 16;             // bytes of a pixel of e
@@ -540,14 +556,12 @@ __device__ __forceinline__ void expand_resident(const PackedClamp<T>& clamp, uin
   }
 }
 
-// The same where the source is an image. A lane's operands are pairs of k, 4 bytes of the image at
-// a time, and the last pair of lane 3 is the bias. Of rows of pixels k is 3 times 10 elements, the
-// 9 of a row of the window and the one before it, or after it if the window starts in an even
-// column. Of planes a row of the window is an aligned pair and a single element, half of one: k is
-// 9 pairs, then pairs of single elements, see pack_stem_block of packing.py.
-template <typename T, typename Shape, bool kPlanes>
+// The same where the source is an image: k is 3 rows of 10 elements of it, the 9 of the window and
+// the one before it, or after it if it starts in an even column, then the bias. A lane's operands
+// are pairs of them, 4 bytes at a time.
+template <typename T, typename Shape>
 __device__ __forceinline__ void expand_image(const PackedClamp<T>& clamp, uint32_t fragments,
-                                             uint32_t windows, int pitch, bool odd, uint32_t table,
+                                             uint32_t windows, int image_pitch, uint32_t table,
                                              int tiles, int warp, int warps, int g_row, int q,
                                              uint32_t ones) {
   constexpr int kPairs = Shape::kPairs;
@@ -557,25 +571,11 @@ __device__ __forceinline__ void expand_image(const PackedClamp<T>& clamp, uint32
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) b[s][p] = load_shared16(fragments + (s * kPairs + p) * 512);
   }
-  // Where this lane's pairs of a window lie. Of planes, halves of two words make the last two.
-  int at[4], other[2] = {};
-  uint32_t halves[2] = {};
-  if constexpr (kPlanes) {
-    const int pair = odd ? 4 : 0, single = 4 - pair;
-    at[0] = q * pitch + pair;
-    at[1] = (q + 4) * pitch + pair;
-    at[2] = q == 0 ? 8 * pitch + pair : q * pitch + single;
-    other[0] = q == 0 ? at[2] : (q + 4) * pitch + single;
-    at[3] = (q == 0 ? 0 : 8) * pitch + single;
-    other[1] = (q == 0 ? 4 : 8) * pitch + single;
-    halves[1] = odd ? 0x7632 : 0x5410;
-    halves[0] = q == 0 ? 0x3210 : halves[1];
-  } else {
+  int at[4];  // of this lane's pairs of a window; the last one of lane 3 is a pair of ones
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int pair = min(4 * i + q, 14);
-      at[i] = pair / 5 * pitch + pair % 5 * 4;
-    }
+  for (int i = 0; i < 4; ++i) {
+    const int pair = min(4 * i + q, 14);
+    at[i] = pair / 5 * image_pitch + pair % 5 * 4;
   }
 #pragma unroll 1
   for (int t = warp; t < tiles; t += warps) {
@@ -587,13 +587,6 @@ __device__ __forceinline__ void expand_image(const PackedClamp<T>& clamp, uint32
     for (int i = 0; i < 4; ++i) {
       f[i / 2][i % 2 * 2] = load_shared4(window0 + at[i]);
       f[i / 2][i % 2 * 2 + 1] = load_shared4(window1 + at[i]);
-    }
-    if constexpr (kPlanes) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t word = load_shared4((i % 2 == 0 ? window0 : window1) + other[i / 2]);
-        f[1][i] = __byte_perm(f[1][i], word, halves[i / 2]);
-      }
     }
     if (q == 3) f[1][2] = f[1][3] = ones;
     const uint32_t pixel0 = load_shared4(table + entry);
@@ -722,22 +715,20 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     if constexpr (kHasBulkCopies) {
       copy_bulk(to, from, a.blob_bytes, copied + stage * 8);
     } else {
-#pragma unroll 2
+#pragma unroll 1
       for (int i = threadIdx.x * 16; i < a.blob_bytes; i += threads * 16) {
         copy_async16(to + i, from + i, true);
       }
     }
   };
 
-  // An image: its first row and column that windows read, and where in a row of shared memory an
-  // even column before it lies, or the one before it. Copies keep the alignment of device memory.
+  // An image: its first row and column that windows read, and where in a row of shared memory the
+  // even column there or before it lies, or the one before it. Copies of whole rows keep the
+  // alignment of device memory.
   const int image_y = 2 * top - a.stem_top, image_x = 2 * left - a.stem_left;
-  const bool planes = a.image_load == ImageLoad::kPlanes;
-  const bool as_it_lies = planes || a.image_load == ImageLoad::kRows;
-  const int pixel_bytes = planes ? 2 : 6;
-  const int image_lead = as_it_lies ? (image_x & ~1) * pixel_bytes & 15 : kImageLead;
-  const bool at_lead = planes || (as_it_lies && image_x % 2 == 0);
-  const int first_window = image_lead + (at_lead ? 0 : 4);
+  const bool rows_as_they_are = a.image_load == ImageLoad::kRows;
+  const int image_lead = rows_as_they_are ? (image_x & ~1) * 6 & 15 : kImageLead;
+  const int first_window = image_lead + (rows_as_they_are && image_x % 2 == 0 ? 0 : 4);
 
   // 2. On their way: weights of the first chunk, and the source. Where its pixels go in e; zeros
   // where e is outside the map, which every chunk leaves alone.
@@ -746,8 +737,14 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     make_copy_barrier(copied + 8);
     publish_copy_barriers();
   }
-  wait_for_input();
-  load_weights(0);
+  // Where all blocks start at once, while the kernel before this one still runs, they do first what
+  // needs no input.
+  const bool few_units = !Shape::kImage && a.k8 > 0 && a.k8 <= kFewUnits;
+  const bool waits_late = a.one_round && !few_units;
+  if (!waits_late) {
+    wait_for_input();
+    load_weights(0);
+  }
   const T* const input = static_cast<const T*>(a.input);
   for (int p = threadIdx.x; p < a.images * eh * ew; p += threads) {
     uint32_t x, line_y;
@@ -764,10 +761,10 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     const int m = (image * vh + y - y0) * vw + column - x0;
     store_shared4(table + m * 4, pixel);
     if constexpr (Shape::kImage) {
-      store_shared4(table + (m_tiles * 16 + m) * 4,
-                    source + (image * (2 * eh + 1) + 2 * line_y) * a.image_pitch + first_window +
-                        x * 2 * pixel_bytes);
-    } else if (a.k8 <= kFewUnits) {
+      store_shared4(
+          table + (m_tiles * 16 + m) * 4,
+          source + (image * (2 * eh + 1) + 2 * line_y) * a.image_pitch + first_window + x * 12);
+    } else if (few_units) {
       const T* const from =
           input + (image0 + image) * a.image_step + (y * a.width + column) * a.in_channels;
 #pragma unroll
@@ -788,6 +785,10 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       skip_pixel(line * vw + x1 - x0);
     }
   }
+  if (waits_late) {
+    wait_for_input();
+    load_weights(0);
+  }
   if constexpr (Shape::kImage) {
     const int rows = 2 * eh + 1;
     for (int image = 0; image < images; ++image) {
@@ -802,21 +803,22 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
           load_image<T, Pixel, false>(a, first, to, image_y, image_x, rows);
         }
       };
-      if (as_it_lies) {
-        // 16 threads a row of pixels or of a plane, 16 bytes each at a time.
-        const int pitch = planes ? a.image_pitch / 3 : a.image_pitch;
-        for (int at = threadIdx.x % 16 * 16; at < pitch; at += 256) {
-          const int column = (image_x & ~1) * pixel_bytes - image_lead + at;  // in bytes
-          const int real = column < 0 ? 0 : max(min(a.width * pixel_bytes - column, 16), 0);
-          const T* const p = input + from + column / 2;
-          for (int i = threadIdx.x / 16; i < (planes ? 3 * rows : rows); i += threads / 16) {
-            const int r = planes ? i / 3 : i, y = image_y + r;
-            if (real > 0 && unsigned(y) < unsigned(a.height)) {
-              copy_async_part(to + i * pitch + at,
-                              p + (y * a.stride_h + (i - 3 * r) * (planes ? a.stride_c : 0)), real);
+      if (rows_as_they_are) {
+        // 16 threads a row, 16 bytes each at a time.
+        for (int at = threadIdx.x % 16 * 16; at < a.image_pitch; at += 256) {
+          const int column = (image_x & ~1) * 6 - image_lead + at;  // in bytes
+          const int real = column < 0 ? 0 : max(min(a.width * 6 - column, 16), 0);
+          int r = threadIdx.x / 16;
+          uint32_t row = to + r * a.image_pitch + at;
+          const T* p = input + from + (image_y + r) * int64_t(a.stride_h) + column / 2;
+          for (; r < rows; r += threads / 16) {
+            if (real > 0 && unsigned(image_y + r) < unsigned(a.height)) {
+              copy_async_part(row, p, real);
             } else {
-              store_shared16(to + i * pitch + at, {0, 0, 0, 0});
+              store_shared16(row, {0, 0, 0, 0});
             }
+            row += threads / 16 * a.image_pitch;
+            p += threads / 16 * a.stride_h;
           }
         }
       } else if (a.image_dtype == DType::kFloat32) {
@@ -828,20 +830,21 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       }
     }
   } else if (a.k8 > kFewUnits) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < a.images * eh * ew * a.k8; i += threads) {
-      uint32_t unit, x, line_y;
-      const uint32_t p = a.units.divide(i, unit);
-      const uint32_t line = a.halo_width.divide(p, x);
-      const int image = a.halo_height.divide(line, line_y);
-      const int y = top + int(line_y), column = left + int(x);
-      if (image >= images || y < y0 || y >= y1 || column < x0 || column >= x1) continue;
-      const int m = (image * vh + y - y0) * vw + column - x0;
-      const bool real = unit * 8 < a.in_channels;
-      copy_async16(source + m * pitch_in + unit * 16,
-                   input + (image0 + image) * a.image_step +
-                       (y * a.width + column) * a.in_channels + (real ? unit * 8 : 0),
-                   real);
+    // A warp a line: its units lie one after the other in device memory.
+    for (int image = 0; image < images; ++image) {
+      for (int line = threadIdx.x / 32; line < vh; line += warps) {
+        const T* const from =
+            input + (image0 + image) * a.image_step + ((y0 + line) * a.width + x0) * a.in_channels;
+        const uint32_t to = source + (image * vh + line) * vw * pitch_in;
+#pragma unroll 4
+        for (int i = threadIdx.x % 32; i < (x1 - x0) * a.k8; i += 32) {
+          uint32_t unit;
+          const uint32_t x = a.units.divide(i, unit);
+          const bool real = unit * 8 < a.in_channels;
+          copy_async16(to + x * pitch_in + unit * 16,
+                       from + x * a.in_channels + (real ? unit * 8 : 0), real);
+        }
+      }
     }
   }
   copy_async_commit();
@@ -933,16 +936,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       copy_async_commit();
       copy_async_wait<0>();
     } else if constexpr (Shape::kImage) {
-      const auto expand = [&](auto planes) {
-        expand_image<T, Shape, decltype(planes)::value>(
-            clamp, expand_fragments, table + m_tiles * 64, a.image_pitch / (planes ? 3 : 1),
-            a.stem_left % 2 != 0, table, m_tiles, warp, warps, g_row, q, two_ones);
-      };
-      if (a.image_load == ImageLoad::kPlanes) {
-        expand(std::true_type{});
-      } else {
-        expand(std::false_type{});
-      }
+      expand_image<T, Shape>(clamp, expand_fragments, table + m_tiles * 64, a.image_pitch, table,
+                             m_tiles, warp, warps, g_row, q, two_ones);
     } else if constexpr (Shape::kResident) {
       const auto expand = [&](auto units) {
         constexpr int kUnits = decltype(units)::value;
@@ -972,19 +967,48 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
           for (int i = 0; i < kAtOnce; ++i) mma_bias<T>(e[i][j], one, bias);
         }
         const uint32_t row = source + (t * 16 + my_row) * pitch_in + my_unit * 16;
-#pragma unroll 2
-        for (int s = 0; s < a.k8 / 2; ++s) {
-          uint32_t f[kAtOnce][4];
+        struct Operands {
+          uint32_t source[kAtOnce][4];
+          uint4 weights[kPairs];
+        };
+        const auto load = [&](Operands& of, int s) {
 #pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) load_matrices(f[i], row + i * 16 * pitch_in + s * 32);
+          for (int i = 0; i < kAtOnce; ++i) {
+            load_matrices(of.source[i], row + i * 16 * pitch_in + s * 32);
+          }
 #pragma unroll
           for (int p = 0; p < kPairs; ++p) {
-            const uint4 b = load_shared16(expand_fragments + (s * kPairs + p) * 512);
+            of.weights[p] = load_shared16(expand_fragments + (s * kPairs + p) * 512);
+          }
+        };
+        const auto multiply = [&](const Operands& of) {
+#pragma unroll
+          for (int p = 0; p < kPairs; ++p) {
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-              mma<T>(e[i][2 * p], f[i], b.x, b.y);
-              mma<T>(e[i][2 * p + 1], f[i], b.z, b.w);
+              mma<T>(e[i][2 * p], of.source[i], of.weights[p].x, of.weights[p].y);
+              mma<T>(e[i][2 * p + 1], of.source[i], of.weights[p].z, of.weights[p].w);
             }
+          }
+        };
+        if constexpr (Shape::kPipelined) {
+          // The next step's operands are on their way meanwhile.
+          Operands now;
+          load(now, 0);
+#pragma unroll 2
+          for (int s = 1; s < a.k8 / 2; ++s) {
+            Operands next;
+            load(next, s);
+            multiply(now);
+            now = next;
+          }
+          multiply(now);
+        } else {
+#pragma unroll 2
+          for (int s = 0; s < a.k8 / 2; ++s) {
+            Operands now;
+            load(now, s);
+            multiply(now);
           }
         }
 #pragma unroll
@@ -1012,9 +1036,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     const int tap_channel = holds[1] ? 8 + turned / 4 : g;
     const uint32_t project_fragments = weights + kSizes.project + lane * 16;
     uint32_t window_at = window;
-#pragma unroll 1
-    for (int s = 0; s < kPairs; ++s, window_at += 32) {
-      uint32_t d[kOutTiles][4];
+    const auto convolve = [&](int s, uint32_t(&d)[kOutTiles][4]) {
       uint32_t pair_taps[3][3];  // [column of the window][row]
       const uint32_t taps_at = weights + kSizes.depthwise + s * kSizes.depthwise_pair;
       {
@@ -1052,11 +1074,13 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
           }
         }
       }
-      // Keeps the compiler from loading these operands early, for want of registers.
-      if (kCols > 1) __syncwarp();
+      window_at += 32;
+    };
+    const auto project = [&](int s, const uint32_t(&d)[kOutTiles][4]) {
+      const uint32_t fragments = project_fragments + s * kTiles * 256;
 #pragma unroll
       for (int j = 0; j + 2 <= kTiles; j += 2) {
-        const uint4 b = load_shared16(project_fragments + s * kTiles * 256 + j * 256);
+        const uint4 b = load_shared16(fragments + j * 256);
 #pragma unroll
         for (int t = 0; t < kOutTiles; ++t) {
           mma<T>(acc[t][j], d[t], b.x, b.y);
@@ -1064,18 +1088,35 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
         }
       }
       if constexpr (kTiles % 2 == 1) {
-        const uint2 b =
-            load_shared8(project_fragments - lane * 8 + s * kTiles * 256 + (kTiles - 1) * 256);
+        const uint2 b = load_shared8(fragments - lane * 8 + (kTiles - 1) * 256);
 #pragma unroll
         for (int t = 0; t < kOutTiles; ++t) mma<T>(acc[t][kTiles - 1], d[t], b.x, b.y);
+      }
+    };
+    if constexpr (Shape::kPipelined) {
+      // The next convolution's chain of products runs between those of this projection.
+      uint32_t d[2][kOutTiles][4];
+      convolve(0, d[0]);
+#pragma unroll
+      for (int s = 0; s < kPairs; ++s) {
+        if (s + 1 < kPairs) convolve(s + 1, d[(s + 1) % 2]);
+        project(s, d[s % 2]);
+      }
+    } else {
+#pragma unroll 1
+      for (int s = 0; s < kPairs; ++s) {
+        uint32_t d[kOutTiles][4];
+        convolve(s, d);
+        // Keeps the compiler from loading these operands early, for want of registers.
+        if (kCols > 1) __syncwarp();
+        project(s, d);
       }
     }
   }
 
   start_next();
 
-  // 6. Output. Groups of 4, 2 and 1 tiles: a lane has 8, 4 or 2 consecutive channels of each.
-  constexpr int kGroups = ceil_div(kTiles, 4);
+  // 6. Output. Of 4, 2 and 1 tiles a lane has 8, 4 and 2 consecutive channels.
   const BlockPlace here = find_place<Shape>(a);
   const WarpPlace<Shape> warp_here(a);
   const Lane me;
@@ -1119,23 +1160,14 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
     }
     store_floats<T, 2 * kGroup>(output + at, v);
   };
-  const auto write_groups = [&](int x, int y, int half, auto&& wanted, auto&& value) {
-#pragma unroll
-    for (int j = 0; j < kTiles / 4 * 4; j += 4) {
-      if (wanted(j / 4)) {
-        write(x, y, half, j, std::integral_constant<int, 4>{},
-              [&](int i, int k) { return value(j + i, k); });
-      }
-    }
-    if constexpr (kTiles % 4 >= 2) {
-      constexpr int kPairStart = kTiles / 4 * 4;
-      if (wanted(kPairStart / 4)) {
-        write(x, y, half, kPairStart, std::integral_constant<int, 2>{},
-              [&](int i, int k) { return value(kPairStart + i, k); });
-      }
-    }
-    if constexpr (kTiles % 2 == 1) {
-      if (wanted((kTiles - 1) / 4)) {
+  // Channels of the tiles from j on, at most 4 tiles.
+  static_assert(kTiles < 4 || kTiles % 4 == 0);
+  const auto write_group = [&](int x, int y, int half, int j, const auto& value) {
+    if constexpr (kTiles >= 4) {
+      write(x, y, half, j, std::integral_constant<int, 4>{}, value);
+    } else {
+      if constexpr (kTiles >= 2) write(x, y, half, 0, std::integral_constant<int, 2>{}, value);
+      if constexpr (kTiles % 2 == 1) {
         write(x, y, half, kTiles - 1, std::integral_constant<int, 1>{},
               [&](int, int k) { return value(kTiles - 1, k); });
       }
@@ -1149,17 +1181,18 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
       for (int y = 0; y < kRows; ++y) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          write_groups(
-              x, y, half, [](int) { return true; },
-              [&](int j, int k) { return acc[x * kRows + y][j][2 * half + k]; });
+#pragma unroll
+          for (int j = 0; j < kTiles; j += 4) {
+            write_group(x, y, half, j,
+                        [&](int i, int k) { return acc[x * kRows + y][j + i][2 * half + k]; });
+          }
         }
       }
     }
     return;
   }
 
-  // 7. The sums of the cluster's blocks, added in the order of their ranks: block r makes every
-  // splits-th group of tiles.
+  // 7. The sums of the cluster's blocks: each adds up and writes every splits-th group of tiles.
   __syncthreads();
   float4* const mine = reinterpret_cast<float4*>(shared + a.weights_offset);
 #pragma unroll
@@ -1170,54 +1203,49 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
           make_float4(acc[t][j][0], acc[t][j][1], acc[t][j][2], acc[t][j][3]);
     }
   }
-  cluster_sync();
-  const uint32_t partial = shared0 + a.weights_offset;
+  cluster_arrive();
+  cluster_wait();
+  constexpr int kGroup = kTiles < 4 ? kTiles : 4, kGroups = kOutTiles * kTiles / kGroup;
+  const int others = a.splits - 1;
+#pragma unroll 1
+  for (int group = (here.rank - warp * kGroups) & others; group < kGroups; group += a.splits) {
+    const int t = group * kGroup / kTiles, j0 = group * kGroup % kTiles;
+    const int x = t / kRows, y = t % kRows;
+    // Of a pixel outside the output not even the sums are read.
+    if (warp_image >= here.images || ox0 + x >= a.out_w ||
+        oy0 + output_row<kRows>(y, 0) >= a.out_h) {
+      continue;
+    }
+    const uint32_t partial =
+        shared0 + a.weights_offset + ((warp * kGroups + group) * kGroup * 32 + lane) * 16;
+    float sum[kGroup][4];
 #pragma unroll
-  for (int t = 0; t < kOutTiles; ++t) {
+    for (int j = 0; j < kGroup; ++j) {
+      const uint4 v = load_shared16(partial + j * 512);
+      sum[j][0] = __uint_as_float(v.x);
+      sum[j][1] = __uint_as_float(v.y);
+      sum[j][2] = __uint_as_float(v.z);
+      sum[j][3] = __uint_as_float(v.w);
+    }
+    // From the next block on, so that not all read the same one's at a time.
+#pragma unroll 4
+    for (int r = 1; r < a.splits; ++r) {
 #pragma unroll
-    for (int j0 = 0; j0 < kTiles; j0 += 4) {
-      if (((t * kGroups + j0 / 4) & (a.splits - 1)) != here.rank) continue;
-      constexpr int kMost = kTiles < 4 ? kTiles : 4;
-      float4 sum[kMost] = {};
-#pragma unroll 2
-      for (int r = 0; r < a.splits; ++r) {
-        float4 v[kMost];
-#pragma unroll
-        for (int j = 0; j < kMost && j0 + j < kTiles; ++j) {
-          v[j] = load_cluster(
-              partial + (((warp * kOutTiles + t) * kTiles + j0 + j) * 32 + lane) * 16, r);
-        }
-#pragma unroll
-        for (int j = 0; j < kMost && j0 + j < kTiles; ++j) {
-          sum[j].x += v[j].x;
-          sum[j].y += v[j].y;
-          sum[j].z += v[j].z;
-          sum[j].w += v[j].w;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kMost && j0 + j < kTiles; ++j) {
-        acc[t][j0 + j][0] = sum[j].x;
-        acc[t][j0 + j][1] = sum[j].y;
-        acc[t][j0 + j][2] = sum[j].z;
-        acc[t][j0 + j][3] = sum[j].w;
+      for (int j = 0; j < kGroup; ++j) {
+        const float4 v = load_cluster(partial + j * 512, (here.rank + r) & others);
+        sum[j][0] += v.x;
+        sum[j][1] += v.y;
+        sum[j][2] += v.z;
+        sum[j][3] += v.w;
       }
     }
-  }
 #pragma unroll
-  for (int x = 0; x < kCols; ++x) {
-#pragma unroll
-    for (int y = 0; y < kRows; ++y) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int t = x * kRows + y;
-        write_groups(
-            x, y, half, [&](int j4) { return ((t * kGroups + j4) & (a.splits - 1)) == here.rank; },
-            [&](int j, int k) { return acc[t][j][2 * half + k]; });
-      }
+    for (int half = 0; half < 2; ++half) {
+      write_group(x, y, half, j0, [&](int i, int k) { return sum[i][2 * half + k]; });
     }
   }
-  cluster_sync();  // nobody leaves while its sums are read
+  cluster_arrive_relaxed();
+  cluster_wait();  // nobody leaves while its sums are read
 }
 
 template <typename T, int kIndex>

@@ -20,7 +20,7 @@ struct Clamp {
   float hi;
 };
 
-// output[b, m, n] = clamp(sum_k a[b, m, k] * weight[b, n, k] + bias[n]) [+ residual[b, m, n]]
+// output[b, m, n] = clamp(sum_k a[b, m, k] * weight[b, n, k] + bias[n])
 // a (batch, m, k), weight (batch, n, k), output (batch, m, n), all row-major and dense; bias (n) or
 // null. Accumulates in float32, rounds once. float32 is exact FFMA, never TF32.
 struct GemmParams {
@@ -34,7 +34,6 @@ struct GemmParams {
   int batch;
   Clamp act;
   DType dtype;
-  const void* residual = nullptr;  // as output
 };
 cudaError_t gemm(const GemmParams& p, cudaStream_t stream);
 

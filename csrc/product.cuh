@@ -1,6 +1,6 @@
 // The matrix product behind pointwise convolutions, linear layers and implicit-GEMM convolutions:
 //
-//   output[z, m, n] = clamp(sum_k A[z, m, k] * weight[z, n, k] + bias[z, n]) [+ residual[z, m, n]]
+//   output[z, m, n] = clamp(sum_k A[z, m, k] * weight[z, n, k] + bias[z, n])
 //
 // weight is (z, n, k), dense, k innermost; output has `pitch` elements from row to row. What A is,
 // a loader decides: rows of a matrix, or windows of an image gathered on the fly. z counts the
@@ -16,8 +16,7 @@ namespace torch_mbv2 {
 
 struct ProductParams {
   const void* weight;
-  const void* bias;      // or null
-  const void* residual;  // or null; added to the output, which it is like
+  const void* bias;  // or null
   void* output;
   int64_t m;
   int n, k;
@@ -286,9 +285,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
     __syncthreads();
   }
 
-  // 4. Bias, activation, residual, one rounding; staged so that the stores are whole rows.
+  // 4. Bias, activation, one rounding; staged so that the stores are whole rows.
   T* const staged = reinterpret_cast<T*>(shared);
-  const T* const residual = static_cast<const T*>(g.residual);
   const T* const bias =
       g.bias == nullptr ? nullptr : static_cast<const T*>(g.bias) + z * g.bias_step;
   if (split == 0) {
@@ -305,13 +303,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
         float pair[2];
         pair[0] = apply(g.act, acc[j][2 * half] + b[0]);
         pair[1] = apply(g.act, acc[j][2 * half + 1] + b[1]);
-        const int row = warp_row + lane / 4 + half * 8;
-        if (residual != nullptr && m0 + row < g.m) {
-          const T* const from = residual + z * g.output_step + (m0 + row) * g.pitch + n0 + column;
-          if (n0 + column < g.n) pair[0] += to_float(from[0]);
-          if (n0 + column + 1 < g.n) pair[1] += to_float(from[1]);
-        }
-        store_floats(staged + row * Tile::kPitch + column, pair);
+        store_floats(staged + (warp_row + lane / 4 + half * 8) * Tile::kPitch + column, pair);
       }
     }
   }
@@ -492,10 +484,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     for (int i = 0; i < kRows * kColumns; ++i) acc[i / kColumns][i % kColumns] = total[i];
   }
 
-  // 4. Bias, activation, residual, store.
+  // 4. Bias, activation, store.
   const float* const bias =
       g.bias == nullptr ? nullptr : static_cast<const float*>(g.bias) + z * g.bias_step;
-  const float* const residual = static_cast<const float*>(g.residual);
   float* const output = static_cast<float*>(g.output) + z * g.output_step;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
@@ -505,11 +496,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int64_t row = m0 + y + Tile::kRowThreads * i;
-      if (row >= g.m) continue;
-      float value = apply(g.act, acc[i][j] + b);
-      const int64_t at = row * g.pitch + column;
-      if (residual != nullptr) value += residual[z * g.output_step + at];
-      output[at] = value;
+      if (row < g.m) output[row * g.pitch + column] = apply(g.act, acc[i][j] + b);
     }
   }
 }

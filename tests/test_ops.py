@@ -526,15 +526,17 @@ def test_borders_are_zeros_of_the_hidden_tensor(device, case, dtype):
 @pytest.mark.parametrize(("width", "left"), [(32, 1), (30, 1), (33, 1), (32, 0)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_stem_block_reads_images_of_any_dtype(device, width, left, memory_format, image, dtype):
-    """Rows or planes as they lie (32 wide, of one dtype), pairs of pixels, or single ones."""
+    """Rows as they lie (32 wide, channels_last, of one dtype), pairs of pixels, or single ones."""
     case = stem(3, 3, 33, width, 32, 16, stem_padding=(left, 1, 1, 1))
     _, *weights = case.tensors(device, dtype)
     x = case.tensors(device, image)[0].contiguous(memory_format=memory_format)
     got = check(case.op, [x, *weights], case.options)
     assert got.dtype == dtype
     converted = ops.stem_block(x.to(dtype), *weights, **case.options)
-    # Sums may be in another order.
-    assert testing.relative_l2(got, converted) < testing.unit_roundoff(dtype)
+    if left == 0:  # rows as they lie are added in another order there
+        assert testing.relative_l2(got, converted) < testing.unit_roundoff(dtype)
+    else:
+        assert torch.equal(got, converted)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])

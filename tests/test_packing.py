@@ -163,39 +163,17 @@ def test_unpacks_to_the_weights(source, expanded, out, tiles, chunk, slices, dty
 )
 def test_unpacks_to_the_weights_of_a_stem(channels, stem, out, tiles, chunk, dtype):
     tensors = weights(channels, stem, out, dtype, stem=True)
-    orders = packing.pack_stem_block(*tensors).chunk(4)
-    for packed, window_of in zip(orders, WINDOWS, strict=True):
+    orders = packing.pack_stem_block(*tensors).chunk(2)
+    for packed, first in zip(orders, (1, 0), strict=True):
         found = unpack(packed, channels, stem, out, tiles, chunk, stem=True)
-        window = window_of(found[0][:, :30])  # (S, row, column, channel)
+        # 3 rows of 10 elements, of which the window has 9 from `first` on
+        rows = found[0][:, :30].view(-1, 3, 10)
+        assert not rows[..., 9 - 9 * first].any()
+        window = rows[..., first : first + 9].unflatten(2, (3, 3))
         assert not window[..., channels:].any()
         as_conv = window[..., :channels].permute(0, 3, 1, 2)
         bias = found[0][:, 30:].float().sum(1)  # rounded, and what that lost
         check((as_conv, bias, *found[2:]), tensors)
-
-
-def window_of_pixels(matrix, first):
-    """3 rows of 10 elements, of which the window has 9 from `first` on."""
-    rows = matrix.view(-1, 3, 10)
-    assert not rows[:, :, 9 - 9 * first].any()
-    return rows[:, :, first : first + 9].unflatten(2, (3, 3))
-
-
-def window_of_planes(matrix, pair, single):
-    """Pairs of neighbouring columns, `pair` and the next, of each row and channel, then the columns
-    `single` of two rows or channels each, and of the last one."""
-    window = torch.full((len(matrix), 9, 3), math.nan, dtype=matrix.dtype)
-    window[:, :, pair : pair + 2] = matrix[:, :18].view(-1, 9, 2)
-    window[:, [1, 5, 2, 6, 3, 7, 0, 4, 8], single] = matrix[:, 18:27]
-    assert not matrix[:, 27:].any()
-    return window.view(-1, 3, 3, 3).transpose(2, 3)  # (S, row, column, channel)
-
-
-WINDOWS = [
-    lambda matrix: window_of_pixels(matrix, 1),
-    lambda matrix: window_of_pixels(matrix, 0),
-    lambda matrix: window_of_planes(matrix, 1, 0),
-    lambda matrix: window_of_planes(matrix, 0, 2),
-]
 
 
 def test_biases_beyond_float16_stay_finite():

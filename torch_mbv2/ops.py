@@ -1252,8 +1252,7 @@ def stem_block(
 ) -> Tensor:
     """MobileNetV2's start in one kernel: the stem, a dense convolution, and the first block, which
     has no expansion and stride 1. It reads images of up to 3 channels, of any float dtype and
-    layout, as they are; those in the dtype of the weights with rows of a multiple of 16 bytes are
-    fastest.
+    layout, as they are; channels_last in the dtype of the weights is fastest.
 
     Equivalent: `y = act(F.conv2d(F.pad(input.to(stem_weight.dtype), stem_padding), stem_weight,
     stem_bias, stem_stride))`; `y = act(F.conv2d(F.pad(y, padding), depthwise_weight,

@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -112,24 +111,16 @@ def pack_stem_block(
 
 
 def _image_orders(weight: Tensor) -> list[Tensor]:
-    """The weights of the stem as k = 30 of a matrix, in `ImageOrder` of csrc/block_tiles.h. The
-    bias, as the rounded one and what that lost, are another 2."""
-    # (S, row, column, channel)
-    taps = weight.new_zeros(weight.shape[0], 3, 3, 3)
+    """The weights of the stem as k = 30 of a matrix, in `ImageOrder` of csrc/block_tiles.h: 3 rows
+    of 10 elements of the image, one before the window's 9, or after. The bias, as the rounded one
+    and what that lost, are another 2."""
+    taps = weight.new_zeros(weight.shape[0], 3, 3, 3)  # (S, row, column, channel)
     taps[..., : weight.shape[1]] = weight.permute(0, 2, 3, 1)
     orders = []
-    for first in (1, 0):  # rows of 10 elements of the image: one before the window's 9, or after
+    for first in (1, 0):
         rows = weight.new_zeros(weight.shape[0], 3, 10)
         rows[:, :, first : first + 9] = taps.flatten(2)
         orders.append(rows.flatten(1))
-    # (S, row and channel, column)
-    taps = taps.transpose(2, 3).flatten(1, 2)
-    for pair, single in ((slice(1, 3), 0), (slice(0, 2), 2)):
-        # aligned pairs of columns of all 9; what is left of 1 and 5, 2 and 6, 3 and 7, 0 and 4, 8
-        left = taps[:, :, single]
-        halves = torch.stack([left[:, 0:4], left[:, 4:8]], 2).roll(-1, 1)
-        rest = F.pad(left[:, 8:], (0, 3))
-        orders.append(torch.cat([taps[:, :, pair].flatten(1), halves.flatten(1), rest], 1))
     return orders
 
 
