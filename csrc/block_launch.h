@@ -52,7 +52,6 @@ struct BlockArgs {
 
 struct BlockLaunch {
   unsigned blocks, slices, threads, splits;
-  bool overlaps;  // starts before the kernel before it in the stream has finished, then waits
   size_t shared_bytes;
   cudaStream_t stream;
 };

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "device.h"
+
 namespace torch_mbv2 {
 
 constexpr int kMaxBlockTiles = 40;  // of 8 output channels; more are made by several slices
@@ -164,20 +166,12 @@ struct BlockTile {
   double clocks;
 };
 
-// The device, as far as the choice depends on it.
-struct BlockDevice {
-  int multiprocessors;
-  int shared_per_block;           // bytes, opt-in
-  int shared_per_multiprocessor;  // bytes
-  bool clusters;
-};
-
 namespace block_detail {
 
 inline int up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Fills in everything that follows from the first five fields; false if it does not fit.
-inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile& t) {
+inline bool complete(const BlockProblem& p, const Device& device, BlockTile& t) {
   const BlockKernel& k = kBlockKernels[t.kernel];
   t.tile_h = 2 * k.rows * t.warps_y;
   t.tile_w = 8 * k.cols * t.warps_x;
@@ -185,7 +179,7 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
   t.tiles_x = (p.out_w + t.tile_w - 1) / t.tile_w;
   t.chunks = (p.expanded + k.chunk - 1) / k.chunk;
   if (t.images > 1 && (t.tiles_x > 1 || t.tiles_y > 1)) return false;
-  if (t.splits > t.chunks || (t.splits > 1 && !device.clusters)) return false;
+  if (t.splits > t.chunks || (t.splits > 1 && !device.is_hopper_or_newer())) return false;
   const int eh = (t.tile_h - 1) * p.stride + 3, ew = (t.tile_w - 1) * p.stride + 3;
   const int vh = std::min(eh, p.e_h), vw = std::min(ew, p.e_w);
   // Odd pixels start 4 pixels off a multiple of 8, which keeps the banks of neighbours apart.
@@ -276,7 +270,7 @@ inline bool complete(const BlockProblem& p, const BlockDevice& device, BlockTile
 }  // namespace block_detail
 
 // Every tile that fits, of every instance for the layout that is packed, in the order tried.
-inline std::vector<BlockTile> block_candidates(const BlockProblem& p, const BlockDevice& device) {
+inline std::vector<BlockTile> block_candidates(const BlockProblem& p, const Device& device) {
   std::vector<BlockTile> found;
   BlockLayout layout{};
   if (!choose_block_layout(p, layout)) return found;
@@ -306,7 +300,7 @@ inline std::vector<BlockTile> block_candidates(const BlockProblem& p, const Bloc
 }
 
 // The cheapest tile; false if none fits. Ties go to the first.
-inline bool choose_block_tile(const BlockProblem& p, const BlockDevice& device, BlockTile& best) {
+inline bool choose_block_tile(const BlockProblem& p, const Device& device, BlockTile& best) {
   const std::vector<BlockTile> found = block_candidates(p, device);
   if (found.empty()) return false;
   best = *std::min_element(found.begin(), found.end(), [](const BlockTile& a, const BlockTile& b) {

@@ -6,10 +6,12 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
+#include "device.h"
 #include "kernels.h"
 
 namespace torch_mbv2 {
@@ -179,23 +181,36 @@ __device__ __forceinline__ T after_wait(T x) {
   return x;
 }
 
-// What __CUDA_ARCH__ is in the code that runs on the current device: less than the device's own
-// where that is compiled from PTX for an older one.
-int compiled_arch();
+Device current_device();
+
+// Lets a kernel be launched with as much dynamic shared memory as the current device has.
+cudaError_t allow_shared_memory(const void* kernel);
 
 template <typename... Params, typename... Args>
 cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                           cudaStream_t stream, const Args&... args) {
+  const Device device = current_device();
+  const bool early = device.is_hopper_or_newer();
+  // No more blocks than multiprocessors: one for each. A kernel that starts while the one before it
+  // still fills most of them would otherwise crowd into those that are free.
+  if (early && int64_t(grid.x) * grid.y * grid.z <= device.multiprocessors) {
+    shared_bytes = std::max(shared_bytes, size_t(device.shared_per_multiprocessor / 2));
+  }
+  if (shared_bytes > 48 * 1024) {
+    const auto function = reinterpret_cast<const void*>(kernel);
+    const cudaError_t error = allow_shared_memory(function);
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = compiled_arch() >= 900;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = early;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
@@ -214,14 +229,6 @@ cudaError_t for_each_chunk(int64_t batch, int64_t items_per_image, F&& launch) {
     if (const cudaError_t error = launch(first, images); error != cudaSuccess) return error;
   }
   return cudaSuccess;
-}
-
-// Multiprocessors of the current device.
-inline int sm_count() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count > 0 ? count : 1;
 }
 
 // Calls f(T{}) with the element type of `dtype`.

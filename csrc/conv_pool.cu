@@ -599,15 +599,12 @@ template <typename T, int kSteps, int kHigh>
 cudaError_t launch_resident(const ConvPoolParams& p, const Plan& plan, cudaStream_t stream) {
   using Kernel = Resident<kSteps, kHigh>;
   const auto kernel = resident_product<T, kSteps, kHigh>;
-  constexpr int bytes = Kernel::kSharedBytes;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
   const Shape s = {ceil_div(p.n, Kernel::kChannels * plan.warps), plan.images,
                    1.0f / float(p.pixels)};
   const int64_t blocks = ceil_div(p.batch, int64_t(plan.images)) * s.channel_groups;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return launch_kernel(kernel, unsigned(blocks), 32 * plan.warps, bytes, stream, p, s);
+  return launch_kernel(kernel, unsigned(blocks), 32 * plan.warps, Kernel::kSharedBytes, stream, p,
+                       s);
 }
 
 // A kernel whose blocks own one image and `channels` channels each.
@@ -627,12 +624,13 @@ template <typename T>
 cudaError_t launch(const ConvPoolParams& p, bool vectors, cudaStream_t stream) {
   if constexpr (sizeof(T) == 4) {
     // Few images take narrow blocks, or most multiprocessors would have nothing to do.
-    const bool wide = p.batch * ceil_div(p.n, 128) >= sm_count();
+    const bool wide = p.batch * ceil_div(p.n, 128) >= current_device().multiprocessors;
     if (!vectors) return launch_images<T>(float_pool<2, false>, 32, 128, p, stream);
     if (!wide) return launch_images<T>(float_pool<2, true>, 32, 128, p, stream);
     return launch_images<T>(float_pool<8, true>, 128, 128, p, stream);
   } else {
-    const Plan plan = choose_plan(p.batch, p.pixels, p.k, p.n, vectors, sm_count());
+    const Plan plan =
+        choose_plan(p.batch, p.pixels, p.k, p.n, vectors, current_device().multiprocessors);
     switch (plan.steps) {
       case 5:
         return launch_resident<T, 5, 2>(p, plan, stream);

@@ -238,8 +238,8 @@ template <typename T, int kK, int kS, int kVec, int kWidth, int kAhead>
 cudaError_t launch_strip(const ConvParams& p, cudaStream_t stream) {
   const int64_t vectors = p.out_channels / kVec;
   const int64_t strips = ceil_div(p.out_w, kWidth);
-  const int run_rows =
-      choose_run_rows(p.out_h, p.batch * strips * vectors, (kK + kS - 1) / kS, sm_count());
+  const int run_rows = choose_run_rows(p.out_h, p.batch * strips * vectors, (kK + kS - 1) / kS,
+                                       current_device().multiprocessors);
   const int64_t runs = ceil_div(p.out_h, run_rows);
   const int64_t in_image = static_cast<int64_t>(p.height) * p.width * p.in_channels;
   const int64_t out_image = static_cast<int64_t>(p.out_h) * p.out_w * p.out_channels;

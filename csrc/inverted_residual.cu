@@ -54,7 +54,6 @@ int64_t order_bytes(const InvertedResidualParams& p, const BlockLayout& layout) 
 
 struct Choice {
   bool fits;
-  bool hopper;  // the code can start a kernel early
   BlockTile tile;
 };
 
@@ -72,15 +71,8 @@ Choice choose(const InvertedResidualParams& p) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = choices.find(key);
   if (found != choices.end()) return found->second;
-  BlockDevice limits{};
-  cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&limits.shared_per_multiprocessor,
-                         cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  limits.clusters = compiled_arch() >= 900;
   Choice choice{};
-  choice.hopper = limits.clusters;
-  choice.fits = choose_block_tile(problem, limits, choice.tile);
+  choice.fits = choose_block_tile(problem, current_device(), choice.tile);
   // Batches of any size come and go; what they would fill memory with is soon chosen again.
   if (choices.size() >= 4096) choices.clear();
   choices[key] = choice;
@@ -175,7 +167,6 @@ cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stre
                                     unsigned(slices),
                                     unsigned(32 * t.warps_x * t.warps_y * t.images),
                                     unsigned(t.splits),
-                                    choice.hopper,
                                     size_t(t.shared_bytes),
                                     stream};
         return p.dtype == DType::kFloat16 ? launch_block_f16(t.kernel, a, launch)

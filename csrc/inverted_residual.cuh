@@ -40,7 +40,6 @@
 // dependent instructions; device memory only sees input, output and the weights (from L2).
 #pragma once
 
-#include <atomic>
 #include <utility>
 
 #include "block_launch.h"
@@ -1251,18 +1250,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 template <typename T, int kIndex>
 cudaError_t launch_instance(const BlockArgs& a, const BlockLaunch& launch) {
   const auto kernel = inverted_residual_kernel<T, BlockShape<kIndex>>;
-  // Once a device and instance; two threads may both do it.
-  static std::atomic<uint64_t> prepared = 0;
-  int device = 0;
-  cudaGetDevice(&device);
-  if (device >= 64 || !(prepared >> device & 1)) {
-    int most = 0;
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    if (error != cudaSuccess) return error;
-    if (device < 64) prepared |= uint64_t{1} << device;
-  }
+  const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
+  if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(launch.blocks, launch.slices);
   config.blockDim = dim3(launch.threads);
@@ -1275,7 +1264,7 @@ cudaError_t launch_instance(const BlockArgs& a, const BlockLaunch& launch) {
     attributes[config.numAttrs].val.clusterDim = {launch.splits, 1, 1};
     ++config.numAttrs;
   }
-  if (launch.overlaps) {
+  if (current_device().is_hopper_or_newer()) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
     ++config.numAttrs;

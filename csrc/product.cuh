@@ -510,11 +510,6 @@ cudaError_t launch_product(Kernel kernel, int tile_m, int tile_n, int threads, i
   g.z_count = z_count;
   const int64_t blocks = ceil_div(g.m, int64_t(tile_m)) * g.n_tiles;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
   constexpr int kMostZ = 65535;  // of a grid
   const dim3 grid(unsigned(blocks), ceil_div(z_count, kMostZ), z_count < kMostZ ? z_count : kMostZ);
   return launch_kernel(kernel, grid, threads, shared_bytes, stream, g, a);
@@ -545,8 +540,8 @@ cudaError_t launch_from(TileList<TileTypes...>, const ProductParams& g,
                         const typename Loader::Params& a, int z_count, cudaStream_t stream) {
   constexpr TileShape kShapes[] = {
       {TileTypes::kM, TileTypes::kN, TileTypes::kThreadRows, TileTypes::kSplits}...};
-  const int chosen =
-      choose_tile(kShapes, sizeof...(TileTypes), g.m, g.n, g.k, z_count, sizeof(T), sm_count());
+  const int chosen = choose_tile(kShapes, sizeof...(TileTypes), g.m, g.n, g.k, z_count, sizeof(T),
+                                 current_device().multiprocessors);
   cudaError_t error = cudaErrorInvalidValue;
   int index = 0;
   const auto try_launch = [&](auto tile) {

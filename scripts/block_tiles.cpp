@@ -4,7 +4,7 @@
 //   ./block_tiles BATCH HEIGHT WIDTH IN EXPANDED OUT STRIDE
 //
 // HEIGHT, WIDTH: of the input; IN: its channels, 0 where there is no expansion. The padding is 1.
-// Environment: MULTIPROCESSORS (132), SHARED bytes of a block (232448), CLUSTERS (1): the GPU.
+// Environment: ARCH (900), MULTIPROCESSORS (132), SHARED bytes of a block (232448): the GPU.
 #include "block_tiles.h"
 
 #include <algorithm>
@@ -47,8 +47,8 @@ int main(int argc, char** argv) {
   p.out_h = (p.e_h - 1) / p.stride + 1;
   p.out_w = (p.e_w - 1) / p.stride + 1;
   const int shared = setting("SHARED", 232448);
-  const BlockDevice device = {setting("MULTIPROCESSORS", 132), shared, shared + 1024,
-                              setting("CLUSTERS", 1) != 0};
+  const Device device = {setting("ARCH", 900), setting("MULTIPROCESSORS", 132), shared,
+                         shared + 1024};
 
   BlockLayout layout{};
   if (!choose_block_layout(p, layout)) {

@@ -303,7 +303,7 @@ def test_the_candidates_are_printed_cheapest_first(program):
 def test_clusters_are_for_gpus_that_have_them(program):
     arguments = (1, 7, 7, 160, 960, 160, 1)
     _, with_clusters = choose(program, *arguments)
-    _, without = choose(program, *arguments, CLUSTERS="0")
+    _, without = choose(program, *arguments, ARCH="800")
     assert "splits=8" in with_clusters
     assert "splits=2" not in without
 

@@ -1,0 +1,16 @@
+// What the host knows of a GPU when it chooses tiles and launches kernels. No CUDA needed.
+#pragma once
+
+namespace torch_mbv2 {
+
+struct Device {
+  int arch;  // __CUDA_ARCH__ of the code that runs: less than the GPU's where that was older PTX
+  int multiprocessors;
+  int shared_per_block;           // bytes, opt-in
+  int shared_per_multiprocessor;  // bytes
+
+  // Clusters of thread blocks, and kernels that start before the one before them has finished.
+  bool is_hopper_or_newer() const { return arch >= 900; }
+};
+
+}  // namespace torch_mbv2
