@@ -38,7 +38,7 @@ struct BlockArgs {
   int64_t slice_bytes;
   int weights_offset, expanded_offset, table_offset;  // in shared memory
   bool residual;
-  bool one_round;  // all thread blocks run at once
+  bool one_round;  // no more thread blocks than multiprocessors
   Clamp act;
   int64_t image_step;  // elements from one image of the input to the next
   // The stem alone: element strides of the image, its padding, its dtype.

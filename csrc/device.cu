@@ -33,8 +33,10 @@ Device current_device() {
   d.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   d.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   cudaFuncAttributes attributes{};
-  // Where it fails no kernel runs, and whoever launches one says why.
-  if (cudaFuncGetAttributes(&attributes, probe) != cudaSuccess) return d;
+  if (cudaFuncGetAttributes(&attributes, probe) != cudaSuccess) {
+    cudaGetLastError();  // whoever launches a kernel finds out why none runs
+    return d;
+  }
   d.arch = attributes.ptxVersion * 10;
   known[device] = d;
   return d;

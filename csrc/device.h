@@ -4,7 +4,8 @@
 namespace torch_mbv2 {
 
 struct Device {
-  int arch;  // __CUDA_ARCH__ of the code that runs: less than the GPU's where that was older PTX
+  int arch;  // __CUDA_ARCH__ of the code that runs: less than the GPU's where that was older PTX;
+             // 0 where it cannot be told
   int multiprocessors;
   int shared_per_block;           // bytes, opt-in
   int shared_per_multiprocessor;  // bytes

@@ -71,8 +71,10 @@ Choice choose(const InvertedResidualParams& p) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = choices.find(key);
   if (found != choices.end()) return found->second;
+  const Device limits = current_device();
   Choice choice{};
-  choice.fits = choose_block_tile(problem, current_device(), choice.tile);
+  choice.fits = choose_block_tile(problem, limits, choice.tile);
+  if (limits.arch == 0) return choice;
   // Batches of any size come and go; what they would fill memory with is soon chosen again.
   if (choices.size() >= 4096) choices.clear();
   choices[key] = choice;
