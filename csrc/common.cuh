@@ -151,6 +151,14 @@ struct Divider {
   }
 };
 
+// Launch bounds of kernels of which the compiler, for Blackwell, would spill registers so that one
+// more block fits a multiprocessor.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define BOUNDS_WITHOUT_SPILLS(threads) __launch_bounds__(threads, 1)
+#else
+#define BOUNDS_WITHOUT_SPILLS(threads) __launch_bounds__(threads)
+#endif
+
 // Kernels follow each other closely: with launch_kernel one may start before the kernel before it
 // in the stream has finished (Hopper's programmatic dependent launch). So every kernel calls
 // wait_for_input before it touches device memory: then the kernel before has finished, and what it

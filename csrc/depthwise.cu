@@ -70,7 +70,7 @@ struct StripShape<T, 5, 2> {
 // Bound: device memory (2 x 2 or 4 bytes an output at stride 1, where 15 to 20 instructions an
 // output are about half of the issue slots).
 template <typename T, int kK, int kS, int kVec, int kWidth, int kAhead>
-__global__ void __launch_bounds__(kThreads) depthwise_strip(const StripArgs a) {
+__global__ void BOUNDS_WITHOUT_SPILLS(kThreads) depthwise_strip(const StripArgs a) {
   constexpr int kLive = (kK + kS - 1) / kS;
   constexpr int kCols = kS * (kWidth - 1) + kK;
   constexpr int kTaps = kK * kK;

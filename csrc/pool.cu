@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kLanes* kSplits)
 
 // One output pixel and kV channels a thread; neighbouring threads own neighbouring channels.
 template <typename T, int kV>
-__global__ void __launch_bounds__(256)
+__global__ void BOUNDS_WITHOUT_SPILLS(256)
     window_pool(const __grid_constant__ PoolParams p, int channel_vecs, int64_t threads) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (thread >= threads) return;
