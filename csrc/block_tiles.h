@@ -214,9 +214,8 @@ inline bool complete(const BlockProblem& p, const Device& device, BlockTile& t) 
   const double blocks = double((p.batch + t.images - 1) / t.images) * t.tiles_x * t.tiles_y *
                         t.splits * output_slices(p.out_channels);
   t.one_round = blocks <= device.multiprocessors;
-  // Then one for each. A kernel that starts while the one before it still fills most of them would
-  // otherwise crowd into those that are free. (Larger clusters would wait for each other: they do
-  // not fill every group of multiprocessors.)
+  // Then one for each, as launch_kernel has it for all other kernels. (Not for larger clusters,
+  // which would wait for each other: they do not fill every group of multiprocessors.)
   if (t.splits <= 2 && t.one_round && device.is_hopper_or_newer()) {
     t.shared_bytes = std::max(
         t.shared_bytes, std::min(device.shared_per_block, device.shared_per_multiprocessor / 2));

@@ -26,7 +26,7 @@ ImageLoad image_load(const InvertedResidualParams& p) {
 }
 
 ImageOrder image_order(const InvertedResidualParams& p) {
-  // What load_image puts into registers first it aligns as well.
+  // load_image, which makes the rows of all others, lets windows start in odd columns.
   return image_load(p) == ImageLoad::kRows && p.stem_left % 2 == 0 ? kEvenWindows : kOddWindows;
 }
 

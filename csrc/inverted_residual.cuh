@@ -20,7 +20,8 @@
 // accumulates in its registers over all chunks.
 //
 // Each chunk: (1) all warps share the expansion of the tile with its halo, 16 pixels at a time;
-// (2) every warp convolves its own pixels depthwise and projects them. The depthwise convolution
+// (2) every warp convolves its own pixels depthwise and projects them, 16 channels at a time; where
+// registers allow, the next 16 are convolved between the products of a projection. The convolution
 // runs on the tensor cores as well, as a product with diagonal matrices: two taps of 8 channels
 // are the 16 of k. That is 1/8 of their rate, but exact sums in float32 at the price of 6
 // instructions for 16 pixels x 8 channels, where FFMA takes 36 and 64 conversions (sums in float16,
@@ -35,9 +36,9 @@
 // first, then the odd ones); where each pixel of the source goes in e. At the end the partial sums
 // of a cluster's blocks overlay all but the source.
 //
-// Bound: at large batches by instructions (on an H100 30 to 60 % of the issue slots are used, 50 to
-// 75 % of shared-memory bandwidth, 30 to 45 % of the tensor cores), at small ones by chains of
-// dependent instructions; device memory only sees input, output and the weights (from L2).
+// Bound: at large batches by tensor-core instructions, the others and shared memory together; at
+// small ones by chains of dependent instructions and, in a cluster, by the way of the sums from one
+// multiprocessor to another. Device memory only sees input, output and the weights (from L2).
 #pragma once
 
 #include <utility>
