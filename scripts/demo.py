@@ -133,9 +133,10 @@ def _agree(
     stock: ImageModel, patched: nn.Module, path: Path, batch: Tensor, device: torch.device
 ) -> bool:
     """Print how far the logits are apart and whether that is rounding."""
+    runtime = models.OnnxRuntime(str(path))
     with bench.exact_settings():
         logits = {
-            "ONNX Runtime": _onnx_runtime(path, batch, stock.batch),
+            "ONNX Runtime": models.scores(runtime, batch, runtime.batch),
             "stock": models.scores(
                 stock.to(device, torch.float32), batch.to(device), stock.batch
             ).cpu(),
@@ -156,24 +157,6 @@ def _agree(
         print(f"{one} and {other}: {verdict}, max difference {difference:.1e}, bound {bound:.0e}")
     print(f"largest logit {largest:.2f}")
     return agree
-
-
-def _onnx_runtime(path: Path, batch: Tensor, fixed: int | None) -> Tensor:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise torch_mbv2.UnavailableError(
-            "comparing with ONNX Runtime needs the package onnxruntime: "
-            "pip install 'torch-mbv2[onnx]'"
-        ) from None
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    class Runtime(nn.Module):
-        def forward(self, image: Tensor) -> Tensor:
-            return torch.from_numpy(session.run(None, {name: image.numpy()})[0])
-
-    return models.scores(Runtime(), batch, fixed)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import onnx
+
+    from torch_mbv2.onnx.graph import Graph
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -88,3 +92,66 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
     output, expected = output.double(), expected.double()
     assert output.shape == expected.shape
     return float((output - expected).norm() / expected.norm())
+
+
+# ------------------------------------------------------------------ small graphs, written by hand
+
+IMAGE = np.random.default_rng(0).normal(size=(2, 3, 6, 6)).astype(np.float32)
+WEIGHT = np.random.default_rng(1).normal(size=(4, 3, 3, 3)).astype(np.float32)
+
+
+def small_model(
+    *nodes: tuple,
+    opset: int = 13,
+    shape: Sequence[int | str] = ("n", 3, 6, 6),
+    dtype: np.dtype | type = np.float32,
+    outputs: Sequence[str] = ("y",),
+    **tensors: object,
+) -> onnx.ModelProto:
+    """A model from `x` to `outputs`; a node is (operator, inputs, outputs, attributes), in which
+    "-" stands for an input that is left out, and `domain` is an attribute."""
+    from onnx import helper, numpy_helper
+
+    def names(text: str) -> list[str]:
+        return ["" if name == "-" else name for name in text.split()]
+
+    protos = [
+        helper.make_node(op, names(inputs), names(results), **(rest[0] if rest else {}))
+        for op, inputs, results, *rest in nodes
+    ]
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    graph = helper.make_graph(
+        protos,
+        "graph",
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info(name, kind, None) for name in outputs],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in tensors.items()],
+    )
+    domains = sorted({"", *(node.domain for node in protos)})
+    opsets = [helper.make_opsetid(domain, 1 if domain else opset) for domain in domains]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def small_graph(*nodes: tuple, **options: object) -> Graph:
+    """As `small_model`, read."""
+    from torch_mbv2.onnx.graph import read
+
+    return read(small_model(*nodes, **options))
+
+
+def operators(graph: Graph) -> list[str]:
+    return [node.op for node in graph.nodes]
+
+
+def compute(graph: Graph, image: np.ndarray = IMAGE) -> list[np.ndarray]:
+    """The outputs of a graph by onnx's own evaluator."""
+    from onnx.reference import ReferenceEvaluator
+
+    return ReferenceEvaluator(graph.to_model()).run(None, {"x": image})
+
+
+def assert_same(before: Graph, after: Graph, image: np.ndarray = IMAGE) -> None:
+    """Both graphs compute the same, by onnx's own evaluator, but for the rounding of weights."""
+    for computed, expected in zip(compute(after, image), compute(before, image), strict=True):
+        assert computed.dtype == expected.dtype
+        np.testing.assert_allclose(computed, expected, rtol=1e-5, atol=1e-5)

@@ -147,7 +147,7 @@ def single(
     "proto",
     [
         single("Det"),
-        single("Gelu", opset=20),
+        single("RegexFullMatch", opset=20),
         single("NoSuchOperator"),
         single("NoSuchOperator", opset=20),
         single("Anything", domain="custom.domain"),

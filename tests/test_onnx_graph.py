@@ -150,19 +150,22 @@ def test_old_opset() -> None:
     assert "opset 5 is too old" in rejected(model([helper.make_node("Relu", ["x"], ["y"])], 5))
 
 
-def test_quantised_model() -> None:
+def test_scale_that_is_computed() -> None:
     nodes = [
+        helper.make_node("ReduceMax", ["x"], ["scale"], keepdims=0),
         helper.make_node("QuantizeLinear", ["x", "scale"], ["q"], name="quantise"),
         helper.make_node("DequantizeLinear", ["q", "scale"], ["y"]),
     ]
-    message = rejected(model(nodes, scale=np.float32(0.1)))
-    assert "node 'quantise' (QuantizeLinear) makes this a quantised model" in message
+    message = rejected(model(nodes))
+    assert (
+        "node 'quantise' (QuantizeLinear) has a scale or zero point that is no constant" in message
+    )
 
 
-def test_optimised_model() -> None:
-    node = helper.make_node("FusedConv", ["x", "weight"], ["y"], domain="com.microsoft")
-    message = rejected(model([node], weight=np.ones((4, 3, 3, 3), np.float32)))
-    assert "ONNX Runtime's optimiser" in message
+def test_operator_of_the_optimiser() -> None:
+    node = helper.make_node("BiasGelu", ["x", "weight"], ["y"], domain="com.microsoft")
+    message = rejected(model([node], weight=np.ones(8, np.float32)))
+    assert "comes from ONNX Runtime's optimiser: load the file that was optimised" in message
 
 
 def test_integer_model() -> None:

@@ -39,6 +39,15 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Preprocessing:
+    """What happens to an image before the stem: `scale * image + shift`, in (N, C, H, W)."""
+
+    channels_last: bool = False  # images come as (N, H, W, C)
+    scale: tuple[float, ...] = (1.0,)  # one for all channels, or one for each
+    shift: tuple[float, ...] = (0.0,)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Every number that shapes a MobileNetV2, so that any channel table can be written down."""
 
@@ -52,6 +61,35 @@ class Architecture:
     activation: Literal["relu6", "relu"] = "relu6"
     norm: bool = True  # False: batch norm is folded, so each convolution has a bias instead
     dropout: float = 0.2
+    preprocessing: Preprocessing | None = None
+    output: Literal["logits", "softmax", "log_softmax", "sigmoid"] = "logits"
+
+
+class Preprocess(nn.Module):
+    """A `Preprocessing` as a layer, computed in float32 and rounded once to the network's dtype.
+
+    Equivalent: `(scale * x.float() + shift).to(dtype)`, where `dtype` is that of the module's
+    buffers; the result is (N, C, H, W), of (N, H, W, C) images without a copy in channels_last.
+
+    x: (N, C, H, W), or (N, H, W, C) if `channels_last`, of any dtype, such as uint8.
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.preprocessing = preprocessing
+        for name in ("scale", "shift"):
+            values = torch.tensor(getattr(preprocessing, name)).reshape(-1, 1, 1)
+            # Not in the state dict, which is the network's and torchvision's.
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.preprocessing.channels_last:
+            x = x.permute(0, 3, 1, 2)
+        return (x.float() * self.scale.float() + self.shift.float()).to(self.scale.dtype)
+
+    def extra_repr(self) -> str:
+        given = self.preprocessing
+        return f"channels_last={given.channels_last}, scale={given.scale}, shift={given.shift}"
 
 
 class SamePad2d(nn.Module):
@@ -122,7 +160,8 @@ class MobileNetV2(nn.Module):
     dropout: probability before the classifier, in training.
     in_channels: channels of the image.
 
-    `MobileNetV2.from_architecture` takes explicit channel counts, paddings and activation instead.
+    `MobileNetV2.from_architecture` takes explicit channel counts, paddings and activation instead,
+    and what a deployed network does before its stem and after its classifier.
     Raises ValueError for arguments outside these ranges.
     """
 
@@ -181,6 +220,15 @@ class MobileNetV2(nn.Module):
         self.classifier = nn.Sequential(
             nn.Dropout(architecture.dropout), nn.Linear(architecture.last, architecture.num_classes)
         )
+        given = architecture.preprocessing
+        self.preprocess = None if given is None else Preprocess(given)
+        outputs = {
+            "logits": None,
+            "softmax": nn.Softmax(1),
+            "log_softmax": nn.LogSoftmax(1),
+            "sigmoid": nn.Sigmoid(),
+        }
+        self.postprocess = outputs[architecture.output]
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -193,10 +241,13 @@ class MobileNetV2(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.preprocess is not None:
+            x = self.preprocess(x)
         x = self.features(x)
         x = F.adaptive_avg_pool2d(x, (1, 1))
         x = torch.flatten(x, 1)
-        return self.classifier(x)
+        x = self.classifier(x)
+        return x if self.postprocess is None else self.postprocess(x)
 
 
 def _conv_norm_act(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _extension, packing, reference
+from . import _extension, flops, packing, reference
 
 Activation = str | tuple[float | None, float | None] | None
 
@@ -1396,5 +1396,7 @@ def conv_pool(
     return _conv_pool(input, weight, bias, *_bounds("conv_pool", activation))
 
 
-# With the schemas in place, the compiled library (where there is one) adds its CUDA kernels.
+# With the schemas in place, the compiled library (where there is one) adds its CUDA kernels, and
+# torch's FLOP counter can count them.
 _extension.load()
+flops.register()

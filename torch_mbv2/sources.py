@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from torch_mbv2.errors import ModelError, UnavailableError
+from torch_mbv2.mobilenet import MobileNetV2
 
 TIMEOUT = 5.0
 """Seconds that a server has to answer before random weights are taken instead."""
@@ -29,10 +30,13 @@ class ModelInfo:
     name: str
     weights: str  # where they come from, for people to read
     pretrained: bool  # False for seeded random weights
-    input_shape: tuple[int | None, ...] | None = None  # (N, C, H, W), None for any size
+    # (N, C, H, W), or (N, H, W, C) for some ONNX files; None for any size
+    input_shape: tuple[int | None, ...] | None = None
+    input_dtype: torch.dtype = torch.float32
     mean: tuple[float, ...] | None = None  # of pixels in [0, 1], per channel
     std: tuple[float, ...] | None = None
     labels: tuple[str, ...] | None = None
+    white: float | None = None  # the value of a white pixel, for models that normalise their input
 
 
 def load_model(spec: str, *, pretrained: bool = True, seed: int = 0) -> tuple[nn.Module, ModelInfo]:
@@ -59,10 +63,18 @@ def load_model(spec: str, *, pretrained: bool = True, seed: int = 0) -> tuple[nn
 
 
 def _from_onnx(path: str) -> tuple[nn.Module, ModelInfo]:
-    from torch_mbv2.onnx import load_with_input_shape
+    from torch_mbv2.onnx import load_with_input
 
-    model, shape = load_with_input_shape(path)
-    return model, ModelInfo(Path(path).name, f"the file {path}", True, shape)
+    model, shape, dtype = load_with_input(path)
+    dtype = dtype or torch.float32
+    white = None if dtype.is_floating_point else 255.0
+    preprocessing = model.architecture.preprocessing if isinstance(model, MobileNetV2) else None
+    if preprocessing is not None and white is None and preprocessing.scale != (1.0,):
+        # What divides by more than 10 takes 0 to 255, what divides by a standard deviation 0 to 1.
+        white = 255.0 if max(map(abs, preprocessing.scale)) < 0.1 else 1.0
+    mean, std = (None, None) if white is None else ((0.0,) * 3, (1 / white,) * 3)
+    text = f"the file {path}"
+    return model, ModelInfo(Path(path).name, text, True, shape, dtype, mean, std, white=white)
 
 
 def _from_torchvision(name: str, pretrained: bool, seed: int) -> tuple[nn.Module, ModelInfo]:
@@ -100,9 +112,9 @@ def _from_torchvision(name: str, pretrained: bool, seed: int) -> tuple[nn.Module
         text,
         why is None,
         shape,
-        tuple(transform.mean),
-        tuple(transform.std),
-        tuple(weights.meta["categories"]),
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
+        labels=tuple(weights.meta["categories"]),
     )
 
 
@@ -139,8 +151,8 @@ def _from_timm(name: str, pretrained: bool, seed: int) -> tuple[nn.Module, Model
         text,
         why is None,
         None if size is None else (None, *size),
-        _floats(config.get("mean")),
-        _floats(config.get("std")),
+        mean=_floats(config.get("mean")),
+        std=_floats(config.get("std")),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,6 +77,19 @@ def relative_l2(output: Tensor, expected: Tensor) -> float:
     if size == 0 and not error > 0:
         return error
     return error / size if size else float("inf")
+
+
+def error_ratio(output: Tensor, stock: Tensor, expected: Tensor) -> float:
+    """The relative L2 error of `output` as a multiple of that of `stock`, neither taken for less
+    than a rounding to the dtype of `output`; NaN if either is not finite.
+
+    All of one shape; `expected` in float64. Raises ValueError for other shapes.
+    """
+    unit = unit_roundoff(output.dtype)
+    errors = [relative_l2(x, expected) for x in (output, stock)]
+    if not all(map(math.isfinite, errors)):
+        return math.nan
+    return max(errors[0], unit) / max(errors[1], unit)
 
 
 def max_abs(output: Tensor, expected: Tensor) -> float:

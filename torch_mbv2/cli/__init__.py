@@ -17,10 +17,17 @@ from typing import NoReturn
 
 import torch
 
-from torch_mbv2.cli import bench, classify, info, output
+from torch_mbv2.cli import bench, classify, compare, info, inspect, output, weights
 from torch_mbv2.errors import Error
 
-VERBS = {"info": info, "classify": classify, "bench": bench}
+VERBS = {
+    "info": info,
+    "inspect": inspect,
+    "classify": classify,
+    "compare": compare,
+    "bench": bench,
+    "weights": weights,
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -141,11 +141,20 @@ def run(args: argparse.Namespace) -> int:
         for dtype in dtypes:
             contenders = _contenders(model.to(device, models.DTYPES[dtype]))
             summary = report(contenders[PATCHED])
-            images = _images(model.size).to(device, models.DTYPES[dtype])
+            images = model.noise(IMAGES, models.DTYPES[dtype]).to(device)
+            layout = torch.contiguous_format if model.channels_last else torch.channels_last
             reference = _reference(contenders[STOCK], images, model.batch)
             for batch in batches:
                 rows += _bench(
-                    contenders, images, reference, batch, args.rounds, args.min_time, advance
+                    contenders,
+                    dtype,
+                    images,
+                    layout,
+                    reference,
+                    batch,
+                    args.rounds,
+                    args.min_time,
+                    advance,
                 )
     result |= {
         "model": {
@@ -239,19 +248,18 @@ def _contenders(stock: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _images(size: tuple[int, int]) -> Tensor:
-    return torch.randn(IMAGES, 3, *size, generator=torch.Generator().manual_seed(0))
-
-
 def _reference(stock: nn.Module, images: Tensor, batch: int | None) -> Tensor:
     """The logits of the same weights and images, both already rounded, in float64."""
     exact = copy.deepcopy(stock).double()
-    return models.scores(exact, images.double(), batch or _REFERENCE_BATCH).cpu()
+    images = images.double() if images.is_floating_point() else images
+    return models.scores(exact, images, batch or _REFERENCE_BATCH).cpu()
 
 
 def _bench(
     contenders: dict[str, nn.Module],
+    dtype: str,
     images: Tensor,
+    layout: torch.memory_format,
     reference: Tensor,
     batch: int,
     rounds: int,
@@ -260,10 +268,9 @@ def _bench(
 ) -> list[dict[str, Any]]:
     """The rows of one dtype and one batch size."""
     repeat = torch.arange(batch) % len(images)
-    dtype = str(images.dtype).removeprefix("torch.")
     common = {"dtype": dtype, "batch": batch}
     nchw = images[repeat.to(images.device)]
-    nhwc = nchw.contiguous(memory_format=torch.channels_last)
+    nhwc = nchw.contiguous(memory_format=layout)
     entries: list[_Entry] = []
     rows: list[dict[str, Any]] = []
     try:
@@ -338,18 +345,14 @@ def agreement(logits: Tensor, stock: Tensor, expected: Tensor) -> dict[str, Any]
 
     logits, stock: (N, classes) in the dtype that is judged. expected: the same in float64.
     """
-    unit = testing.unit_roundoff(logits.dtype)
-    error, stock_error = (testing.relative_l2(x, expected) for x in (logits, stock))
-    ratio = max(error, unit) / max(stock_error, unit)
-    if not (math.isfinite(error) and math.isfinite(stock_error)):
-        ratio = math.nan
+    ratio = testing.error_ratio(logits, stock, expected)
     mine, theirs = (x.argmax(1, keepdim=True) for x in (logits, stock))
     gap = (expected.gather(1, mine) - expected.gather(1, theirs)).abs()
     differs = mine != theirs
     near = differs & (gap <= 2 * testing.ERROR_RATIO * testing.max_abs(stock, expected))
     wrong = int((differs & ~near).sum())
     return {
-        "relative_l2": error,
+        "relative_l2": testing.relative_l2(logits, expected),
         "max_abs": testing.max_abs(logits, expected),
         "error_ratio": ratio,
         "top1_differs": wrong,

@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     with output.progress("classifying", len(args.images)) as advance:
         for start in range(0, len(args.images), batch):
             paths = args.images[start : start + batch]
-            pixels = torch.stack([preprocessing.load(path) for path in paths])
-            pixels = pixels.to(device, models.DTYPES[args.dtype])
+            loaded = torch.stack([preprocessing.load(path) for path in paths])
+            pixels = model.inputs(loaded, models.DTYPES[args.dtype]).to(device)
             found = probabilities(models.scores(module, pixels, model.batch)).cpu()
             if labels is not None and len(labels) != found.shape[1]:
                 raise Error(

@@ -115,6 +115,11 @@ def from_args(args: argparse.Namespace, info: ModelInfo, size: tuple[int, int]) 
         raise Error("--mean and --std must be finite numbers")
     if args.std is not None and 0 in args.std:
         raise Error("--std: a standard deviation cannot be 0")
+    if info.white is not None and (args.tf or args.mean is not None or args.std is not None):
+        raise Error(
+            f"{info.name} normalises its input itself: leave out --tf, --mean and --std; it takes "
+            f"pixels from 0 to {info.white:g}"
+        )
     if args.tf:
         mean, std = (0.5,) * 3, (0.5,) * 3
     else:

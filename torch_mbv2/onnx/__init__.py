@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from torch_mbv2.errors import ModelError, UnavailableError
+from torch_mbv2.errors import Error, ModelError, UnavailableError
 
 if TYPE_CHECKING:
     import onnx
@@ -30,16 +31,18 @@ def load_onnx(path_or_proto: str | os.PathLike[str] | bytes | onnx.ModelProto) -
     Raises ModelError for a file or graph that cannot be used, and UnavailableError if a package
     that this needs is not installed.
     """
-    return load_with_input_shape(path_or_proto)[0]
+    return load_with_input(path_or_proto)[0]
 
 
 @torch.inference_mode(False)
-def load_with_input_shape(
+def load_with_input(
     path_or_proto: str | os.PathLike[str] | bytes | onnx.ModelProto,
-) -> tuple[nn.Module, tuple[int | None, ...] | None]:
-    """As `load_onnx`, and the shape that the file declares for its first input, if it does; None
-    stands for a size that may vary."""
+) -> tuple[nn.Module, tuple[int | None, ...] | None, torch.dtype | None]:
+    """As `load_onnx`, and the shape and dtype that the file declares for its first input, if it
+    does; None stands for a size that may vary."""
     try:
+        import onnx
+
         from torch_mbv2.onnx import clean, convert, graph, recognise
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in ("google", "numpy", "onnx"):
@@ -47,13 +50,26 @@ def load_with_input_shape(
         raise UnavailableError(
             f"reading ONNX files needs the package {error.name}: pip install 'torch-mbv2[onnx]'"
         ) from None
-    read = graph.read(path_or_proto)
+    if not isinstance(path_or_proto, (str, os.PathLike, bytes, onnx.ModelProto)):
+        raise TypeError(f"load_onnx takes a path, bytes or a ModelProto, got {type(path_or_proto)}")
+    where = "the ONNX model"
     try:
+        read = graph.read(path_or_proto)
+        where = read.source
         cleaned = clean.clean(read)
         module = recognise.recognise(cleaned) or convert.convert(cleaned)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except Error:
+        raise
+    except MemoryError:
+        raise ModelError(f"{where}: there is not enough memory for it") from None
+    except Exception as error:
         # A file whose parts do not fit each other, as nobody writes it.
         raise ModelError(
-            f"{read.source}: damaged: {type(error).__name__}: {graph.first_line(error)}"
+            f"{where}: damaged: {type(error).__name__}: {graph.first_line(error)}"
         ) from error
-    return module, graph.declared_shape(cleaned.inputs[0]) if cleaned.inputs else None
+    for note in cleaned.notes:
+        warnings.warn(f"{where}: {note}", stacklevel=4)
+    if not cleaned.inputs:
+        return module, None, None
+    image = cleaned.inputs[0]
+    return module, graph.declared_shape(image), graph.declared_dtype(image)

@@ -2,63 +2,68 @@
 
 from __future__ import annotations
 
+import keyword
+import math
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import onnx
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from torch_mbv2.errors import ModelError, UnavailableError
-from torch_mbv2.onnx.clean import constant_axes
-from torch_mbv2.onnx.graph import Graph, Node, first_line
-
-# onnx2torch 1.5 has converters up to this opset; `lower` writes newer graphs down to it.
-OPSET = 17
+from torch_mbv2.onnx.graph import Graph, Node, declared_dtype, declared_shape, first_line, quoted
+from torch_mbv2.onnx.lower import check_layers, lower, unsupported
 
 
 def convert(graph: Graph) -> fx.GraphModule:
     """The module, in eval mode, that computes `graph`.
 
-    Raises ModelError that names the node, its operator and the opset for what cannot be converted,
-    and UnavailableError without onnx2torch.
+    Raises ModelError that names the node, its operator and the opset for what cannot be converted
+    or does not fit together, and UnavailableError without onnx2torch.
     """
     try:
         import onnx2torch
         from onnx2torch.node_converters import get_converter
+
+        from torch_mbv2.onnx import registry  # noqa: F401 (adds converters)
     except ModuleNotFoundError as error:
         raise UnavailableError(
             "this ONNX model is not a MobileNetV2; converting it needs the package "
             f"{error.name}: pip install 'torch-mbv2[onnx]'"
         ) from None
+    constant = sorted(graph.output_names - graph.producers.keys())
+    if constant:
+        raise ModelError(
+            f"{graph.source}: the output {quoted(constant[0])} is an input or a constant, which "
+            "cannot be converted to PyTorch; export the model without it"
+        )
     lowered = rename_nodes(lower(graph))
     for node in lowered.nodes:
         try:
             get_converter(node.op, lowered.opsets.get(node.domain, 1), node.domain)
         except NotImplementedError:
-            raise _unsupported(node, graph) from None
+            raise unsupported(node, graph) from None
+    check_layers(graph)
+    graph.check_types()
     model = lowered.to_model()
     try:
-        converted = onnx2torch.convert(model)
+        # onnx2torch draws the weights of the layers that it makes before it sets them.
+        with torch.random.fork_rng(devices=[]):
+            converted = onnx2torch.convert(model)
     except Exception as error:  # whatever a converter raises: most are bare KeyErrors
         node = _culprit(model, lowered)
         if node is None:
             raise ModelError(
                 f"{graph.source}: cannot be converted to PyTorch: {first_line(error)}"
             ) from error
-        raise _unsupported(node, graph, error) from error
-    return _to_stock(converted).eval()
-
-
-def _unsupported(node: Node, graph: Graph, error: Exception | None = None) -> ModelError:
-    why = f" ({type(error).__name__}: {first_line(error)})" if error is not None else ""
-    return ModelError(
-        f"{graph.source}: {node}, opset {graph.opset}, cannot be converted to PyTorch{why}; "
-        "export the model without that operator, or with another opset_version"
-    )
+        raise unsupported(node, graph, error) from error
+    module = _to_stock(converted).eval()
+    _check_runs(module, graph)
+    return module
 
 
 def _culprit(model: onnx.ModelProto, graph: Graph) -> Node | None:
@@ -90,7 +95,11 @@ def rename_nodes(graph: Graph) -> Graph:
     nodes = []
     for node in graph.nodes:
         stem = re.sub(r"\W+", "_", node.name, flags=re.ASCII).strip("_") or node.op.lower()
-        stem = stem if stem.isidentifier() else re.sub(r"\W", "_", f"n_{stem}", flags=re.ASCII)
+        stem = (
+            stem
+            if stem.isidentifier() and not keyword.iskeyword(stem)
+            else re.sub(r"\W", "_", f"n_{stem}", flags=re.ASCII)
+        )
         name, count = stem, 0
         while name in taken:
             count += 1
@@ -100,87 +109,21 @@ def rename_nodes(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes))
 
 
-def lower(graph: Graph) -> Graph:
-    """A graph of a newer opset written down to `OPSET`, where its nodes ask for nothing newer."""
-    if graph.opset <= OPSET:
-        return graph
-    changes = {}
-    for node in graph.nodes:
-        if not node.domain:
-            changes[node] = (_lower_node(node, graph),)
-    return replace(graph.rewrite(changes), opsets={**graph.opsets, "": OPSET})
-
-
-def _lower_node(node: Node, graph: Graph) -> Node:
-    """`node` with the attributes and inputs that its operator has at `OPSET`."""
-    try:
-        new = onnx.defs.get_schema(node.op, graph.opset, "")
-    except onnx.defs.SchemaError:
-        raise _unsupported(node, graph) from None
-    if new.since_version <= OPSET and node.op != "Reshape":
-        return node
-    if node.op == "Reshape":
-        node = _without_allowzero(node, graph)
-    try:
-        old = onnx.defs.get_schema(node.op, OPSET, "")
-    except onnx.defs.SchemaError:
-        raise _unsupported(node, graph) from None
-    attributes = {
-        name: value
-        for name, value in node.attributes.items()
-        if name in old.attributes or not _is_default(value, new.attributes.get(name))
-    }
-    inputs = node.inputs
-    if "axes" in old.attributes and len(inputs) == 2 and len(old.inputs) == 1:
-        axes = constant_axes(node, graph)
-        if axes is not None:
-            inputs, attributes = inputs[:1], {**attributes, "axes": axes}
-    newer = sorted(set(attributes) - set(old.attributes))
-    if newer or len(inputs) > old.max_input:
-        raise _unsupported(node, graph)
-    return replace(node, inputs=inputs, attributes=attributes)
-
-
-def _is_default(value: Any, attribute: Any) -> bool:
-    """Whether `value` is what leaving the attribute out means, as far as the schema says."""
-    if attribute is None:
-        return False
-    if isinstance(value, (list, tuple)) and not attribute.default_value.name:
-        return set(value) == {1}  # dilations, the only list that newer opsets added
-    return bool(attribute.default_value.name) and value == _attribute(attribute.default_value)
-
-
-def _attribute(proto: onnx.AttributeProto) -> Any:
-    value = onnx.helper.get_attribute_value(proto)
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _without_allowzero(node: Node, graph: Graph) -> Node:
-    """A Reshape without `allowzero` where its constant sizes are not 0, so that it says nothing."""
-    shape = graph.tensors.get(node.inputs[1])
-    concat = graph.producers.get(node.inputs[1])
-    if shape is None and concat is not None and concat.op == "Concat":
-        parts = [graph.tensors[name] for name in concat.inputs if name in graph.tensors]
-    else:
-        parts = [shape] if shape is not None else []
-    if not parts or any((part == 0).any() for part in parts):
-        return node
-    attributes = {name: v for name, v in node.attributes.items() if name != "allowzero"}
-    return replace(node, attributes=attributes)
-
-
 def _to_stock(module: fx.GraphModule) -> fx.GraphModule:
-    """onnx2torch's own modules become stock ones where there is one that means the same."""
+    """onnx2torch's own modules become stock ones where there is one that means the same, and what
+    they read from constant tensors is written into the graph."""
     from onnx2torch.node_converters.binary_math_operations import OnnxBinaryMathOperation
-    from onnx2torch.node_converters.global_average_pool import (
-        OnnxGlobalAveragePoolWithKnownInputShape,
-    )
+    from onnx2torch.node_converters.reshape import OnnxReshape
+    from onnx2torch.node_converters.slice import OnnxSlice
 
     for name, child in list(module.named_children()):
-        if isinstance(child, OnnxGlobalAveragePoolWithKnownInputShape) and child._x_dims == [2, 3]:
-            setattr(module, name, nn.AdaptiveAvgPool2d(1))
-        elif isinstance(child, nn.Sequential):
+        if isinstance(child, nn.Sequential):
             setattr(module, name, nn.Sequential(*_stock_pads(child)))
+    for node in module.graph.nodes:
+        if node.op == "call_module" and "/" in node.target:  # onnx2torch puts the domain before it
+            name = node.target.rpartition("/")[2]
+            module.add_module(name, module.get_submodule(node.target))
+            node.target = name
     functions = {torch.add: operator.add, torch.sub: operator.sub, torch.mul: operator.mul}
     for node in module.graph.nodes:
         if node.op != "call_module":
@@ -190,10 +133,145 @@ def _to_stock(module: fx.GraphModule) -> fx.GraphModule:
             function = functions.get(child.math_op_function)
             if function is not None:
                 node.op, node.target = "call_function", function
+            continue
+        constants = _constant_arguments(module, node)
+        if constants is None:
+            continue
+        data = node.args[0]
+        if isinstance(child, OnnxReshape):
+            with module.graph.inserting_before(node):
+                sizes = [  # 0 stands for the size that the data has there
+                    size or module.graph.call_method("size", (data, axis))
+                    for axis, size in enumerate(constants[0])
+                ]
+            node.op, node.target, node.args = "call_function", torch.reshape, (data, sizes)
+        elif isinstance(child, OnnxSlice) and (slices := _slices(*constants)) is not None:
+            node.op, node.target, node.args = "call_function", operator.getitem, (data, slices)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     module.recompile()
     return module
+
+
+def _constant_arguments(module: fx.GraphModule, node: fx.Node) -> list[list[int]] | None:
+    """The arguments of a call behind the first, if they are vectors of whole numbers."""
+    if node.kwargs or not all(isinstance(x, fx.Node) and x.op == "get_attr" for x in node.args[1:]):
+        return None
+    tensors = [module.get_buffer(str(x.target)) for x in node.args[1:]]
+    if not tensors or any(t.dim() != 1 or t.is_floating_point() for t in tensors):
+        return None
+    return [t.tolist() for t in tensors]
+
+
+def _slices(
+    starts: list[int],
+    ends: list[int],
+    axes: list[int] | None = None,
+    steps: list[int] | None = None,
+) -> tuple[slice, ...] | None:
+    """What to index with for an ONNX Slice; None if it counts axes from the end, or backwards."""
+    axes = list(range(len(starts))) if axes is None else axes
+    steps = [1] * len(starts) if steps is None else steps
+    if min(axes, default=0) < 0 or min(steps, default=1) < 1:
+        return None
+    parts = {axis: slice(a, b, s) for axis, a, b, s in zip(axes, starts, ends, steps, strict=True)}
+    return tuple(parts.get(axis, slice(None)) for axis in range(max(parts, default=-1) + 1))
+
+
+def _check_runs(module: fx.GraphModule, graph: Graph) -> None:
+    """Raise ModelError if the module cannot be run on what it declares as its inputs, or needs
+    tensors of more than `_LARGEST` elements for it.
+
+    Nothing is computed but sizes: floats are on the meta device. Where sizes cannot be told without
+    values, the check ends.
+    """
+    checker = _Checker(module)
+    images = [_example(value, graph) for value in graph.inputs]
+    try:
+        with torch.no_grad():
+            checker.run(*images)
+    except Exception as error:  # as a layer finds its input wrong
+        if re.search(r"\b(device|meta)\b", str(error), re.IGNORECASE):
+            return
+        names = [node.name for node in rename_nodes(graph).nodes]
+        where = checker.place
+        node = graph.nodes[names.index(where)] if where in names else f"node {where!r}"
+        raise ModelError(
+            f"{graph.source}: {node}, opset {graph.opset}, cannot be run on what the model "
+            f"declares as its input: {first_line(error)}"
+        ) from error
+
+
+class _Checker(fx.Interpreter):
+    """Runs a module on the meta device; whole numbers, which sizes are computed with, are real."""
+
+    place = ""
+    """The name of the node that is run."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # which would be added to the message
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.place = str(n.target if n.op == "call_module" else n.name)
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            _check_size(value.shape)
+        return value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        # A scalar goes with tensors of any device, and may be what a Pad fills with.
+        return value if value.dim() == 0 else _without_values(value)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        if type(module).__name__ == "OnnxShape":
+            return torch.tensor(args[0].shape[module._start : module._end])
+        if type(module).__name__ in ("OnnxConstantOfShape", "OnnxTile"):  # real, if the data is
+            _check_size(args[-1].tolist())
+        elif type(module).__name__ == "OnnxRange":
+            start, limit, step = (float(x) for x in args)
+            _check_size([max(0, (limit - start) / step)])
+        tensors = dict([*module.named_parameters(), *module.named_buffers()])
+        empty = {name: _without_values(tensor) for name, tensor in tensors.items()}
+        return torch.func.functional_call(module, empty, args, kwargs)
+
+
+def _check_size(shape: Sequence[float]) -> None:
+    if any(size < 0 for size in shape):
+        raise ValueError(f"it would have the shape {list(shape)}")
+    count = math.prod(shape)
+    if count > _LARGEST:
+        raise ValueError(f"it would have {count:.0f} elements")
+
+
+def _without_values(x: Any) -> Any:
+    return x.to("meta") if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+# Elements of a tensor that one image may need: 16 GiB in float32.
+_LARGEST = 2**32
+
+
+def _example(value: onnx.ValueInfoProto, graph: Graph) -> Tensor:
+    """A tensor like a graph's input: one image of 224 x 224, as far as nothing else is declared."""
+    shape = declared_shape(value)
+    defaults = (1, 3, 224, 224)
+    if shape is None:
+        shape = (None,) * len(defaults)
+    sizes = [
+        (defaults[i] if len(shape) == len(defaults) else 1) if size is None else size
+        for i, size in enumerate(shape)
+    ]
+    if len(shape) == 4 and shape[1] is None and shape[3] == 3:
+        sizes[1] = 224  # (N, H, W, C)
+    dtype = declared_dtype(value)
+    if dtype is None:
+        raise ModelError(
+            f"{graph.source}: the input {quoted(value.name)} is of a type that PyTorch lacks"
+        )
+    return torch.empty(sizes, dtype=dtype, device="meta")
 
 
 def _stock_pads(layers: nn.Sequential) -> Iterator[nn.Module]:

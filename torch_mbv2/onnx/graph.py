@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import graphlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,30 +14,22 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
+import torch
 from google.protobuf.message import DecodeError
 
 from torch_mbv2.errors import ModelError
 
 OLDEST_OPSET = 7
+NEWEST_OPSET = onnx.defs.onnx_opset_version()
 REEXPORT = "export it again with torch.onnx.export(model.eval(), args, 'model.onnx')"
 
 Shape = tuple[int | None, ...]
 
-_FLOATS = (
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.BFLOAT16,
-    onnx.TensorProto.DOUBLE,
-)
-_QUANTISED = {
-    "ConvInteger",
-    "DequantizeLinear",
-    "DynamicQuantizeLinear",
-    "MatMulInteger",
-    "QLinearConv",
-    "QLinearMatMul",
-    "QuantizeLinear",
-}
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+# protobuf's limit, beyond which a file needs external data.
+_LARGEST_FILE = 2**31
+# Nodes that inlined functions may come to; a few nested functions could ask for any number.
+_MOST_NODES = 100_000
 # Larger tensors cannot be shapes or axes; shape inference does without their values.
 _SMALL = 1024
 
@@ -58,7 +52,7 @@ class Node:
         return self.inputs[index] if index < len(self.inputs) else ""
 
     def __str__(self) -> str:
-        return f"node {self.name or ''.join(self.outputs[:1])!r} ({self.op})"
+        return f"node {quoted(self.name or ''.join(self.outputs[:1]))} ({quoted(self.op)[1:-1]})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +65,20 @@ class Graph:
     outputs: tuple[onnx.ValueInfoProto, ...]
     opsets: Mapping[str, int]
     source: str = "the ONNX model"  # what messages call it
+    notes: tuple[str, ...] = ()  # what the user must know of how it was read
 
     @property
     def opset(self) -> int:
         return self.opsets[""]
+
+    @cached_property
+    def float_dtype(self) -> np.dtype:
+        """That of most weights; float32 where there are none."""
+        sizes: dict[np.dtype, int] = {}
+        for array in self.tensors.values():
+            if array.dtype.name in _FLOATS:
+                sizes[array.dtype] = sizes.get(array.dtype, 0) + array.size
+        return max(sizes, key=sizes.__getitem__, default=np.dtype(np.float32))
 
     @cached_property
     def output_names(self) -> frozenset[str]:
@@ -157,6 +161,15 @@ class Graph:
                 known.setdefault(value.name, shape)
         return known
 
+    def check_types(self) -> None:
+        """Raise ModelError for a node that is given, or said to compute, what it cannot."""
+        try:
+            onnx.shape_inference.infer_shapes(self.to_model(large_tensors=False), check_type=True)
+        except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"{self.source}: does not fit together: {first_line(error)}"
+            ) from error
+
 
 def declared_shape(value: onnx.ValueInfoProto) -> Shape | None:
     """The declared shape of an input or output, None for each size that is not a fixed number."""
@@ -165,6 +178,18 @@ def declared_shape(value: onnx.ValueInfoProto) -> Shape | None:
     return tuple(
         d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim
     )
+
+
+def declared_dtype(value: onnx.ValueInfoProto) -> torch.dtype | None:
+    """The dtype of an input, float32 where none is declared; None if PyTorch has no such type."""
+    kind = value.type.tensor_type.elem_type or onnx.TensorProto.FLOAT
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+    if dtype.name == "bfloat16":  # an extension type, unknown to PyTorch
+        return torch.bfloat16
+    try:
+        return torch.from_numpy(np.empty(0, dtype)).dtype
+    except TypeError:
+        return None
 
 
 def read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Graph:
@@ -178,136 +203,296 @@ def read(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Graph:
     opsets = {_domain(opset.domain): opset.version for opset in model.opset_import}
     if "" not in opsets:
         raise ModelError(f"{where}: the model names no ONNX opset; is the file complete?")
-    if opsets[""] < OLDEST_OPSET:
+    opset = opsets[""]
+    if opset < OLDEST_OPSET:
         raise ModelError(
-            f"{where}: opset {opsets['']} is too old, at least {OLDEST_OPSET} is needed; {REEXPORT}"
+            f"{where}: opset {opset} is too old, at least {OLDEST_OPSET} is needed; {REEXPORT}"
         )
-    if opsets[""] < 9:
-        model = _upgrade(model, 9, where)
-        opsets[""] = 9
+    if opset > NEWEST_OPSET:
+        raise ModelError(
+            f"{where}: opset {opset} is newer than the installed package onnx {onnx.__version__} "
+            f"knows ({NEWEST_OPSET}): pip install -U onnx, or {REEXPORT}"
+        )
     if model.functions:
+        _check_functions(model, where)
         model = onnx.inliner.inline_local_functions(model)
-    try:
-        graph = Graph(
-            nodes=tuple(_from_proto(node, opsets[""], where) for node in model.graph.node),
-            tensors={t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer},
-            inputs=tuple(model.graph.input),
-            outputs=tuple(model.graph.output),
-            opsets=opsets,
-            source=where,
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{where}: damaged: {first_line(error)}") from error
-    _check(graph, model, where)
-    return graph
+    if model.graph.sparse_initializer:
+        raise ModelError(f"{where}: the model has sparse weights, which are not supported")
+    graph = Graph(
+        nodes=tuple(_from_proto(node, opset, where) for node in model.graph.node),
+        tensors={t.name: _to_array(t, where) for t in model.graph.initializer},
+        inputs=tuple(model.graph.input),
+        outputs=tuple(model.graph.output),
+        opsets=opsets,
+        source=where,
+    )
+    _check(graph)
+    graph = _sort(graph)
+    return _upgrade(graph) if opset < 9 else graph
 
 
-def _read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[Any, str]:
+# ----------------------------------------------------------------------------------- the file
+
+
+def _read_proto(
+    source: str | os.PathLike[str] | bytes | onnx.ModelProto,
+) -> tuple[onnx.ModelProto, str]:
     """A ModelProto with all its weights inside, and what to call it in messages."""
+    folder = None
     if isinstance(source, onnx.ModelProto):
-        if any(onnx.external_data_helper.uses_external_data(t) for t in source.graph.initializer):
-            raise ModelError("the ONNX model's weights are in another file: pass the path instead")
-        return source, "the ONNX model"
-    if isinstance(source, bytes):
-        where, data = "the ONNX model", source
-        folder = None
-    elif isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        where, folder = str(path), path.parent
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ModelError(f"{where}: {error.strerror or error}") from error
+        model, where = source, "the ONNX model"
     else:
-        raise TypeError(f"load_onnx takes a path, bytes or a ModelProto, got {type(source)}")
-    try:
-        model = onnx.ModelProto.FromString(data)
-    except DecodeError:
-        raise ModelError(
-            f"{where}: not an ONNX model, or a damaged one ({len(data)} bytes)"
-        ) from None
-    external = [
-        t for t in model.graph.initializer if onnx.external_data_helper.uses_external_data(t)
-    ]
-    if external and folder is None:
-        raise ModelError("the ONNX model's weights are in another file: pass the path instead")
-    if external:
+        where, data = "the ONNX model", source
+        if not isinstance(source, bytes):
+            path = Path(source)
+            where, folder, data = str(path), path.parent, _read_file(path)
         try:
-            onnx.external_data_helper.load_external_data_for_model(model, str(folder))
-        except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
-            names = {e.value for t in external for e in t.external_data if e.key == "location"}
+            model = onnx.ModelProto.FromString(data)
+        except DecodeError:
             raise ModelError(
-                f"{where}: its weights, in {', '.join(sorted(names))} beside it, cannot be read: "
-                f"{first_line(error)}"
-            ) from error
+                f"{where}: not an ONNX model, or a damaged one ({len(data)} bytes)"
+            ) from None
+    tensors = [t for t in _tensors(model) if onnx.external_data_helper.uses_external_data(t)]
+    if tensors and folder is None:
+        raise ModelError("the ONNX model's weights are in another file: pass the path instead")
+    if tensors:
+        _load_external(tensors, folder, where)
     return model, where
 
 
-def _upgrade(model: onnx.ModelProto, opset: int, where: str) -> onnx.ModelProto:
+def _read_file(path: Path) -> bytes:
     try:
-        return onnx.version_converter.convert_version(model, opset)
-    except Exception as error:
+        size = path.stat().st_size
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ModelError(f"{path}: not a file")
+        if size >= _LARGEST_FILE:
+            raise ModelError(
+                f"{path}: an ONNX file cannot have {size} bytes, only 2 GiB; export the weights "
+                "as external data"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:  # such as a null character
+        raise ModelError(f"{str(path)!r}: {error}") from error
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that the graph holds: weights, and the values of Constant nodes."""
+    yield from model.graph.initializer
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+
+
+def _load_external(tensors: Sequence[onnx.TensorProto], folder: Path, where: str) -> None:
+    """Read the weights that lie in files of `folder`; nothing outside it, and no more than the
+    tensors need."""
+    sizes: dict[str, int] = {}
+    total = 0
+    try:
+        for tensor in tensors:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            location, needed = entries.get("location", ""), _byte_count(tensor)
+            size = sizes.setdefault(location, (folder / location).stat().st_size)
+            offset = int(entries.get("offset") or 0)
+            if int(entries.get("length") or needed) != needed:
+                raise ValueError(f"the length of {quoted(tensor.name)} does not fit its shape")
+            if offset < 0 or offset + needed > size:
+                raise ValueError(f"{quoted(location)} ends before {quoted(tensor.name)}")
+            total += needed
+            # Without it everything up to the end of the file would be read.
+            if "length" not in entries:
+                tensor.external_data.add(key="length", value=str(needed))
+        if total > 2 * sum(sizes.values()):
+            raise ValueError("many of them lie in the same place")
+        for tensor in tensors:
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
+        names = sorted({e.value for t in tensors for e in t.external_data if e.key == "location"})
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ModelError(
-            f"{where}: cannot be converted to opset {opset}: {first_line(error)}; {REEXPORT}"
+            f"{where}: its weights, in {', '.join(map(_short, names[:3]))} beside it, cannot be "
+            f"read: {first_line(why)}"
         ) from error
 
 
-def _check(graph: Graph, model: onnx.ModelProto, where: str) -> None:
+def _byte_count(tensor: onnx.TensorProto) -> int:
+    if any(dim < 0 for dim in tensor.dims):
+        raise ValueError(f"{quoted(tensor.name)} has a negative size")
+    name = onnx.TensorProto.DataType.Name(tensor.data_type)
+    bits = 4 if name.endswith("INT4") or name == "FLOAT4E2M1" else 2 if name.endswith("INT2") else 0
+    count = math.prod(tensor.dims)
+    if bits:
+        return -(-count * bits // 8)
+    return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def _to_array(tensor: onnx.TensorProto, where: str) -> np.ndarray:
+    try:
+        if any(dim < 0 for dim in tensor.dims):
+            raise ValueError(f"it has the shape {list(tensor.dims)}")
+        if onnx.external_data_helper.uses_external_data(tensor):
+            raise ValueError("its values are in another file")
+        return onnx.numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"{where}: damaged: the tensor {quoted(tensor.name)}: {first_line(error)}"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------- the graph
+
+
+def _check_functions(model: onnx.ModelProto, where: str) -> None:
+    """Raise ModelError for functions that cannot be inlined: that call each other in circles, or
+    come to too many nodes."""
+    calls = {
+        (f.domain, f.name): [(node.domain, node.op_type) for node in f.node]
+        for f in model.functions
+    }
+    sizes: dict[tuple[str, str], int] = {}
+    try:
+        for key in graphlib.TopologicalSorter(calls).static_order():
+            sizes[key] = sum(sizes[call] for call in calls.get(key, ())) if key in calls else 1
+    except graphlib.CycleError:
+        raise ModelError(f"{where}: its functions call each other in circles") from None
+    total = sum(sizes.get((node.domain, node.op_type), 1) for node in model.graph.node)
+    if total > _MOST_NODES:
+        raise ModelError(f"{where}: its functions come to {total} nodes, which is too many")
+
+
+def _check(graph: Graph) -> None:
     """Raise ModelError for a graph that no later step can make sense of."""
+    where = graph.source
     defined = {"", *graph.tensors, *(value.name for value in graph.inputs)}
     for node in graph.nodes:
-        strange = _unknown_attribute(node, graph.opset)
+        strange = _strange_attribute(node, graph.opset)
         if strange is not None:
-            raise ModelError(
-                f"{where}: {node} has an attribute {strange!r}, which opset {graph.opset} does not "
-                "know; is the file damaged?"
-            )
+            raise ModelError(f"{where}: {node} has {strange}; is the file damaged?")
+        if not any(node.outputs):
+            raise ModelError(f"{where}: {node} computes nothing; is the file damaged?")
+        for value in node.outputs:
+            if value and value in defined:
+                raise ModelError(f"{where}: {node} computes {quoted(value)}, which exists already")
+            defined.add(value)
+        _check_arity(node, graph)
+    for node in graph.nodes:
         missing = [value for value in node.inputs if value not in defined]
         if missing:
-            raise ModelError(f"{where}: {node} reads {missing[0]!r}, which nothing computes")
-        defined.update(node.outputs)
-        if node.op in _QUANTISED:
-            raise ModelError(
-                f"{where}: {node} makes this a quantised model, which is not supported: "
-                "load the float model that it was made from"
-            )
-        if node.domain == "com.microsoft":
-            raise ModelError(
-                f"{where}: {node} comes from ONNX Runtime's optimiser: load the file before it"
-            )
+            raise ModelError(f"{where}: {node} reads {quoted(missing[0])}, which nothing computes")
     missing = sorted(graph.output_names - defined)
     if missing:
-        raise ModelError(f"{where}: nothing computes the output {missing[0]!r}")
+        raise ModelError(f"{where}: nothing computes the output {quoted(missing[0])}")
     if not graph.outputs:
         raise ModelError(f"{where}: the model has no output")
-    if not graph.tensors and not any(node.op == "Constant" for node in graph.nodes):
-        return
-    kinds = {t.data_type for t in model.graph.initializer}
-    kinds.update(
-        a.t.data_type for n in model.graph.node if n.op_type == "Constant" for a in n.attribute
-    )
-    if not kinds.intersection(_FLOATS) and any(node.op in ("Conv", "Gemm") for node in graph.nodes):
+    for value in graph.inputs:
+        shape = declared_shape(value) or ()
+        if any(size is not None and size < 0 for size in shape):
+            raise ModelError(
+                f"{where}: the input {quoted(value.name)} has a negative size: {list(shape)}"
+            )
+    arrays = [*graph.tensors.values()]
+    for node in graph.nodes:
+        arrays += [value for value in node.attributes.values() if isinstance(value, np.ndarray)]
+    layers = any(node.op in ("Conv", "Gemm") and not node.domain for node in graph.nodes)
+    if layers and arrays and not any(array.dtype.name in _FLOATS for array in arrays):
         raise ModelError(f"{where}: not a float model; load the one that it was made from")
 
 
-def _unknown_attribute(node: Node, opset: int) -> str | None:
-    """An attribute that a standard operator does not have."""
+def _strange_attribute(node: Node, opset: int) -> str | None:
+    """What a standard operator's attribute is that it cannot have."""
     try:
         known = onnx.defs.get_schema(node.op, opset, node.domain).attributes
     except onnx.defs.SchemaError:
         return None  # not a standard operator
-    return next((name for name in node.attributes if name not in known), None)
+    for name, value in node.attributes.items():
+        if name not in known:
+            return f"an attribute {quoted(name)}, which opset {opset} does not know"
+        wanted = known[name].type.name
+        if not isinstance(value, _ATTRIBUTE_TYPES.get(wanted, object)):
+            return f"an attribute {quoted(name)} that must be {wanted.lower()}, got {_short(value)}"
+    missing = [n for n, a in known.items() if a.required and n not in node.attributes]
+    return f"no attribute {missing[0]!r}" if missing else None
+
+
+_ATTRIBUTE_TYPES = {"INT": int, "FLOAT": float, "STRING": str, "TENSOR": np.ndarray}
+
+
+def _check_arity(node: Node, graph: Graph) -> None:
+    try:
+        schema = onnx.defs.get_schema(node.op, graph.opset, node.domain)
+    except onnx.defs.SchemaError:
+        return
+    given = len(node.inputs)
+    required = node.inputs[: schema.min_input]
+    if not schema.min_input <= given <= schema.max_input or not all(required):
+        raise ModelError(
+            f"{graph.source}: {node} has {sum(map(bool, node.inputs))} inputs, which is not what "
+            "its operator takes; is the file damaged?"
+        )
+
+
+def _sort(graph: Graph) -> Graph:
+    """The graph with every node behind those whose values it reads."""
+    defined = {"", *graph.tensors, *(value.name for value in graph.inputs)}
+    for node in graph.nodes:
+        if not defined.issuperset(node.inputs):
+            break
+        defined.update(node.outputs)
+    else:
+        return graph
+    before = {
+        node: [graph.producers[v] for v in node.inputs if v in graph.producers]
+        for node in graph.nodes
+    }
+    try:
+        return replace(graph, nodes=tuple(graphlib.TopologicalSorter(before).static_order()))
+    except graphlib.CycleError as error:
+        first = error.args[1][0]
+        raise ModelError(
+            f"{graph.source}: {first} reads what is computed from its own output; is the file "
+            "damaged?"
+        ) from None
+
+
+def _upgrade(graph: Graph) -> Graph:
+    """A graph of opset 7 or 8 as one of opset 9, which differ in little that is met in images."""
+    changes = {}
+    for node in graph.nodes:
+        if node.op == "BatchNormalization" and not node.domain:
+            attributes = dict(node.attributes)
+            if not attributes.pop("spatial", 1):
+                raise ModelError(
+                    f"{graph.source}: {node} normalises every pixel by itself (spatial=0), which "
+                    "is not supported"
+                )
+            changes[node] = (replace(node, attributes=attributes),)
+        elif node.op in ("Scan", "Upsample") and not node.domain:
+            raise ModelError(f"{graph.source}: {node}, opset {graph.opset}, is too old; {REEXPORT}")
+    return replace(graph.rewrite(changes), opsets={**graph.opsets, "": 9})
 
 
 def _from_proto(proto: onnx.NodeProto, opset: int, where: str) -> Node:
     words = (proto.op_type, proto.domain, proto.name, *proto.input, *proto.output)
     if not all(isinstance(word, str) for word in (*words, *(a.name for a in proto.attribute))):
-        raise ValueError(f"a name in it is no text: {words}")  # protobuf gives such as bytes
+        raise ModelError(f"{where}: damaged: a name in it is no text")  # protobuf gives bytes
     attributes = {}
     for attribute in proto.attribute:
-        value = onnx.helper.get_attribute_value(attribute)
+        node = Node(proto.op_type, tuple(proto.input), tuple(proto.output), {}, proto.name)
+        try:
+            value = onnx.helper.get_attribute_value(attribute)
+        except ValueError as error:
+            raise ModelError(
+                f"{where}: damaged: the attribute {quoted(attribute.name)} of {node}: "
+                f"{first_line(error)}"
+            ) from error
         if isinstance(value, onnx.TensorProto):
-            value = onnx.numpy_helper.to_array(value)
+            value = _to_array(value, where)
         elif isinstance(value, bytes):
             value = value.decode(errors="replace")
         elif attribute.type in (
@@ -315,14 +500,16 @@ def _from_proto(proto: onnx.NodeProto, opset: int, where: str) -> Node:
             onnx.AttributeProto.GRAPHS,
             onnx.AttributeProto.SPARSE_TENSOR,
         ):
-            name = proto.name or (proto.output[0] if proto.output else "")
             kind = onnx.AttributeProto.AttributeType.Name(attribute.type).lower()
             raise ModelError(
-                f"{where}: node {name!r} ({proto.op_type}, opset {opset}) has a {kind} attribute, "
-                "which cannot be converted; export the model without control flow"
+                f"{where}: node {quoted(node.name or ''.join(node.outputs[:1]))} "
+                f"({_short(node.op)}, opset {opset}) has a {kind} attribute, which cannot be "
+                "converted; export the model without control flow"
             )
         elif value is None:
-            raise ValueError(f"attribute {attribute.name!r} of node {proto.name!r} has no value")
+            raise ModelError(
+                f"{where}: damaged: the attribute {quoted(attribute.name)} of {node} has no value"
+            )
         attributes[attribute.name] = value
     return Node(
         proto.op_type,
@@ -339,9 +526,10 @@ def _domain(name: str) -> str:
 
 
 def _to_proto(node: Node) -> onnx.NodeProto:
-    proto = onnx.helper.make_node(
-        node.op, node.inputs, node.outputs, name=node.name, domain=node.domain
-    )
+    inputs = list(node.inputs)
+    while inputs and not inputs[-1]:
+        inputs.pop()  # means the same, and not every reader knows it
+    proto = onnx.helper.make_node(node.op, inputs, node.outputs, name=node.name, domain=node.domain)
     for name, value in node.attributes.items():
         if isinstance(value, np.ndarray):
             value = onnx.numpy_helper.from_array(value)
@@ -351,7 +539,18 @@ def _to_proto(node: Node) -> onnx.NodeProto:
     return proto
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: object) -> str:
     """The first line of an error's message, for use inside a sentence."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return _short(lines[0].rstrip("."), 200) if lines else type(error).__name__
+
+
+def quoted(text: str) -> str:
+    """A name out of a file, in quotes and no longer than a sentence bears."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _short(value: object, length: int = 60) -> str:
+    """What a file holds, on one line, without its control characters."""
+    text = "".join(c if c.isprintable() else "?" for c in str(value))
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 
-from torch_mbv2.mobilenet import Architecture, Block, MobileNetV2, Padding
-from torch_mbv2.onnx.clean import fold_batch_norms
-from torch_mbv2.onnx.graph import Graph, Node
+from torch_mbv2.mobilenet import (
+    Architecture,
+    Block,
+    MobileNetV2,
+    Padding,
+    Preprocess,
+    Preprocessing,
+)
+from torch_mbv2.onnx.clean.activations import clamp_bounds
+from torch_mbv2.onnx.clean.norms import fold_batch_norms
+from torch_mbv2.onnx.graph import Graph, Node, declared_shape
 
+_FLOATS = (
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+    onnx.TensorProto.DOUBLE,
+)
 _NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -58,7 +74,8 @@ class _Reader:
         self.nodes = 0  # taken so far
 
     def network(self) -> MobileNetV2:
-        stem = self.conv(self.graph.inputs[0].name, kernel=3)
+        image, preprocessing = self.preprocessing(self.graph.inputs[0].name)
+        stem = self.conv(image, kernel=3)
         _require(stem.groups == 1 and stem.activation is not None)
         blocks = []
         value = stem.output
@@ -67,7 +84,8 @@ class _Reader:
             blocks.append(block)
         last = self.conv(value, kernel=1)
         _require(bool(blocks) and last.groups == 1 and last.activation is not None)
-        weight, bias = self.classifier(last.output)
+        weight, bias, logits = self.classifier(last.output)
+        output = self.postprocessing(logits)
         _require(self.nodes == len(self.graph.nodes))
 
         norm = all(conv.norm is not None for conv in self.convs)
@@ -76,6 +94,7 @@ class _Reader:
         activations = {conv.activation for conv in self.convs} - {None}
         dtypes = {conv.weight.dtype for conv in self.convs} | {weight.dtype}
         _require(len(activations) == 1 and len(dtypes) == 1)
+        self.check_input(preprocessing, stem)
         architecture = Architecture(
             stem=stem.weight.shape[0],
             blocks=tuple(blocks),
@@ -86,8 +105,26 @@ class _Reader:
             stem_padding=stem.padding,
             activation=activations.pop(),
             norm=norm,
+            preprocessing=preprocessing,
+            output=output,
         )
         return _build(architecture, self.convs, weight, bias)
+
+    def check_input(self, preprocessing: Preprocessing | None, stem: _Conv) -> None:
+        """Whether the graph declares the input that the network takes."""
+        declared = self.graph.inputs[0]
+        kind = declared.type.tensor_type.elem_type
+        _require(kind != onnx.TensorProto.UNDEFINED)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+        if preprocessing is None:
+            _require(dtype == stem.weight.dtype)
+        else:
+            _require(dtype.kind in "iuf" or dtype.name == "bfloat16")
+        shape = declared_shape(declared)
+        if shape is not None:
+            last = preprocessing is not None and preprocessing.channels_last
+            channels = shape[-1 if last else 1] if len(shape) == 4 else 0
+            _require(channels in (None, stem.weight.shape[1]))
 
     def at_head(self, value: str) -> bool:
         """Whether what follows `value` is the last convolution: it leads to the global pool."""
@@ -150,8 +187,10 @@ class _Reader:
         if follower is not None and follower.op == "BatchNormalization":
             norm = tuple(self.tensor(name) for name in follower.inputs[1:5])
             _require(all(array.shape == weight.shape[:1] for array in norm))
+            _require(all(array.dtype == weight.dtype for array in norm))
             # The file holds a float32: 1e-5 comes back as 9.99999974e-06.
             epsilon = float(f"{follower.attributes.get('epsilon', 1e-5):.7g}")
+            _require(0 < epsilon < math.inf)
             output = follower.outputs[0]
             self.nodes += 1
             follower = self.graph.sole_user(output)
@@ -168,22 +207,12 @@ class _Reader:
         """ "relu" or "relu6" if `node` is one."""
         if node is None or node.op not in ("Relu", "Clip"):
             return None
-        if node.op == "Relu":
-            return "relu"
-        if self.graph.opset < 11:
-            low, high = (node.attributes.get(name) for name in ("min", "max"))
-        else:
-            low, high = (
-                self.tensor(node.input(i)).item() if node.input(i) else None for i in (1, 2)
-            )
-        _require(low == 0)
-        if high == 6:
-            return "relu6"
-        _require(high is None or high >= 3e38)
-        return "relu"
+        bounds = clamp_bounds(node, self.graph)
+        _require(bounds in ((0.0, 6.0), (0.0, None)))
+        return "relu6" if bounds == (0.0, 6.0) else "relu"
 
-    def classifier(self, value: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Weight (classes, channels) and bias of global pool, Flatten(1), Gemm, output."""
+    def classifier(self, value: str) -> tuple[np.ndarray, np.ndarray | None, str]:
+        """Weight (classes, channels) and bias of global pool, Flatten(1), Gemm, and its value."""
         pool = self.graph.sole_user(value)
         _require(pool is not None and pool.op == "GlobalAveragePool")
         flatten = self.graph.sole_user(pool.outputs[0])
@@ -193,7 +222,6 @@ class _Reader:
         _require(gemm is not None and gemm.op in ("Gemm", "MatMul"))
         _require(gemm.inputs[0] == flatten.outputs[0] and not gemm.attributes.get("transA", 0))
         _require(gemm.attributes.get("alpha", 1.0) == 1.0 == gemm.attributes.get("beta", 1.0))
-        _require(gemm.outputs[0] == self.graph.outputs[0].name)
         self.nodes += 3
         weight = self.tensor(gemm.inputs[1])
         _require(weight.ndim == 2)
@@ -203,7 +231,74 @@ class _Reader:
         if bias is not None:
             _require(bias.size == weight.shape[0])
             bias = bias.reshape(-1)
-        return weight, bias
+        return weight, bias, gemm.outputs[0]
+
+    def preprocessing(self, value: str) -> tuple[str, Preprocessing | None]:
+        """What casts, arithmetic with constants and a transposition do to the image, in any order,
+        and the value that they compute."""
+        chain: list[Node] = []
+        start = value
+        while (node := self.graph.sole_user(value)) is not None:
+            if node.domain or node.op not in ("Add", "Cast", "Div", "Mul", "Sub", "Transpose"):
+                break
+            chain.append(node)
+            value = node.outputs[0]
+        axis = 3 if any(node.op == "Transpose" for node in chain) else 1
+        channels_last = axis == 3
+        scale, shift = np.ones(1), np.zeros(1)
+        value = start
+        for node in chain:
+            if node.op == "Transpose":
+                _require(axis == 3 and node.ints("perm", ()) == (0, 3, 1, 2))
+                axis = 1
+            elif node.op != "Cast":
+                operand = self.channels(node, value, axis)
+                if node.op == "Mul":
+                    scale, shift = scale * operand, shift * operand
+                elif node.op == "Div":
+                    _require(node.inputs[0] == value and bool(operand.all()))
+                    scale, shift = scale / operand, shift / operand
+                elif node.op == "Add":
+                    shift = shift + operand
+                elif node.inputs[0] == value:
+                    shift = shift - operand
+                else:
+                    scale, shift = -scale, operand - shift
+            self.nodes += 1
+            value = node.outputs[0]
+        if value == start:
+            return value, None
+        _require(bool(np.isfinite(scale).all() and np.isfinite(shift).all()))
+        return value, Preprocessing(channels_last, tuple(scale.tolist()), tuple(shift.tolist()))
+
+    def channels(self, node: Node, value: str, axis: int) -> np.ndarray:
+        """The constants, one in all or one a channel, that `node` combines with an image `value`
+        whose channels are dimension `axis`."""
+        others = [name for name in node.inputs if name != value]
+        _require(len(others) == 1)
+        array = self.tensor(others[0])
+        _require(array.ndim <= 4)
+        array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+        _require(array.size == array.shape[axis])
+        return array.reshape(-1).astype(np.float64)
+
+    def postprocessing(self, value: str) -> str:
+        """What is made of the logits before they are the graph's output."""
+        kinds = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid"}
+        kind = "logits"
+        while (node := self.graph.sole_user(value)) is not None:
+            # A cast gives the dtype back that the images came in; here that is the weights'.
+            _require(node.op in (*kinds, "Cast") and not node.domain)
+            if node.op == "Cast":
+                _require(node.attributes["to"] in _FLOATS)
+            else:
+                default = 1 if self.graph.opset < 13 else -1
+                _require(kind == "logits" and node.attributes.get("axis", default) in (1, -1))
+                kind = kinds[node.op]
+            self.nodes += 1
+            value = node.outputs[0]
+        _require(value == self.graph.outputs[0].name)
+        return kind
 
     def tensor(self, name: str) -> np.ndarray:
         _require(name in self.graph.tensors)
@@ -222,6 +317,7 @@ def _padding(node: Node, kernel: int, stride: int) -> Padding:
     _require(auto == "NOTSET")
     top, left, bottom, right = node.ints("pads", (0, 0, 0, 0))
     _require(kernel == 3 or (not any((top, left, bottom, right)) and stride == 1))
+    _require(all(0 <= side < kernel for side in (top, left, bottom, right)))
     return left, right, top, bottom
 
 
@@ -253,6 +349,9 @@ def _build(
     zeros = np.zeros(weight.shape[0], weight.dtype)
     state["classifier.1.weight"] = _tensor(weight)
     state["classifier.1.bias"] = _tensor(zeros if bias is None else bias)
+    if architecture.preprocessing is not None:
+        preprocess = Preprocess(architecture.preprocessing).eval()
+        model.preprocess = preprocess.to(_tensor(weight).dtype)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:  # shapes that do not fit each other

@@ -1,0 +1,127 @@
+"""FLOP formulas of the operators, registered with `torch.utils.flop_counter`: `FlopCounterMode` and
+what is built on it count a patched model exactly as they count the stock one.
+
+As there, a multiply-add is two FLOPs and only products count: those of the convolutions and of the
+linear layer, of Winograd's as those of a direct convolution. Pooling, addition and im2col have no
+formula and count nothing, as their stock equivalents.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+
+# A formula gets the arguments of its op by the names of the schema, each tensor as its shape.
+Shape = Sequence[int]
+
+
+def _macs(weight: Shape, image: Shape) -> int:
+    """The multiply-adds of a convolution by `weight` at every pixel of `image`, (N, _, H, W)."""
+    return image[0] * prod(image[2:]) * prod(weight)
+
+
+def _conv2d(input: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    return 2 * _macs(weight, out_shape)
+
+
+def _conv_pool(input: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * _macs(weight, input)
+
+
+def _linear(input: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(input[:-1]) * prod(weight)
+
+
+def _inverted_residual(
+    input: Shape,
+    expand_weight: Shape | None,
+    expand_bias: Shape | None,
+    depthwise_weight: Shape,
+    depthwise_bias: Shape | None,
+    project_weight: Shape,
+    *_: Any,
+    out_shape: Shape,
+    **__: Any,
+) -> int:
+    expand = 0 if expand_weight is None else _macs(expand_weight, input)
+    return 2 * (expand + _macs(depthwise_weight, out_shape) + _macs(project_weight, out_shape))
+
+
+def _stem_block(
+    input: Shape,
+    stem_weight: Shape,
+    stem_bias: Shape | None,
+    depthwise_weight: Shape,
+    depthwise_bias: Shape | None,
+    project_weight: Shape,
+    project_bias: Shape | None,
+    packed: Shape | None,
+    stem_stride: Sequence[int],
+    stem_padding: Sequence[int],
+    *_: Any,
+    out_shape: Shape,
+    **__: Any,
+) -> int:
+    left, right, top, bottom = stem_padding
+    height = (input[2] + top + bottom - stem_weight[2]) // stem_stride[0] + 1
+    width = (input[3] + left + right - stem_weight[3]) // stem_stride[1] + 1
+    stem = _macs(stem_weight, (input[0], stem_weight[0], height, width))
+    return 2 * (stem + _macs(depthwise_weight, out_shape) + _macs(project_weight, out_shape))
+
+
+FORMULAS: dict[str, Callable[..., int]] = {
+    "conv2d": _conv2d,
+    "conv2d_winograd": _conv2d,
+    "linear": _linear,
+    "inverted_residual": _inverted_residual,
+    "stem_block": _stem_block,
+    "conv_pool": _conv_pool,
+}
+"""By the name of the op, as `torch.utils.flop_counter.register_flop_formula` takes them."""
+
+
+def register() -> None:
+    """Register `FORMULAS`, now if torch's FLOP counter is imported, else as soon as it is."""
+    counter = sys.modules.get(_COUNTER)
+    if counter is None:
+        sys.meta_path.insert(0, _AfterImport())
+    else:
+        _register(counter)
+
+
+def _register(counter: ModuleType) -> None:
+    for name, formula in FORMULAS.items():
+        counter.register_flop_formula(getattr(torch.ops.torch_mbv2, name))(formula)
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds torch's FLOP counter as the other finders do, and registers the formulas behind its
+    import. Importing it for everybody, counting or not, would load all of Triton and triple what
+    `import torch_mbv2` takes."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _COUNTER:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

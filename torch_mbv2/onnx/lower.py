@@ -1,0 +1,209 @@
+"""Writing a graph in what onnx2torch knows: an older opset, and for the rest our own domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+
+from torch_mbv2.errors import ModelError
+from torch_mbv2.onnx.clean.heads import constant_axes
+from torch_mbv2.onnx.graph import Graph, Node, Shape, first_line
+
+# onnx2torch 1.5 has converters up to this opset.
+OPSET = 17
+
+DOMAIN = "torch_mbv2"
+"""The domain of the operators that `registry` converts."""
+
+ADDED = frozenset(("Gelu", "GlobalMaxPool", "Mish", "Swish"))
+"""Standard operators that onnx2torch lacks."""
+
+SAME_CONV = "SameConv"
+"""A Conv whose `auto_pad` is SAME_UPPER, and the size of its input unknown."""
+
+IMAGE_POOL = "ImagePool"
+"""A GlobalAveragePool of images; onnx2torch's own depends on their size."""
+
+# Operators that work along one dimension.
+_AXIS = frozenset(("Concat", "Gather", "LogSoftmax", "Softmax", "Split"))
+# Operators whose further inputs are vectors of sizes, axes or positions.
+_SIZES = frozenset(("Expand", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Unsqueeze"))
+
+
+def lower(graph: Graph) -> Graph:
+    """A graph that asks for nothing newer than `OPSET`, and for what onnx2torch lacks in `DOMAIN`.
+
+    Raises ModelError for an operator that cannot be written so.
+    """
+    graph = explicit_splits(graph)
+    shapes = graph.shapes()
+    changes: dict[Node, tuple[Node, ...]] = {}
+    for node in graph.nodes:
+        if node.domain:
+            continue
+        image = len(shapes.get(node.input(0), ())) == 4
+        if _converted_wrongly(node, graph) or (node.op == "GlobalMaxPool" and not image):
+            raise unsupported(node, graph)
+        if node.op == "Clip" and not node.input(1) and node.input(2):
+            # onnx2torch takes the name of a bound that is left out for that of a value.
+            changes[node] = (replace(node, op="Min", inputs=(node.inputs[0], node.inputs[2])),)
+        elif node.op in ADDED:
+            if not onnx.defs.has(node.op, graph.opset, ""):
+                raise unsupported(node, graph)
+            changes[node] = (replace(node, domain=DOMAIN),)
+        elif node.op == "Conv" and node.attributes.get("auto_pad") == "SAME_UPPER":
+            changes[node] = (replace(node, op=SAME_CONV, domain=DOMAIN),)
+        elif node.op == "GlobalAveragePool" and image:
+            changes[node] = (replace(node, op=IMAGE_POOL, domain=DOMAIN),)
+        elif graph.opset > OPSET:
+            changes[node] = (_lower_node(node, graph),)
+    opsets = {**graph.opsets, "": min(graph.opset, OPSET), DOMAIN: 1}
+    return replace(graph.rewrite(changes), opsets=opsets)
+
+
+def check_layers(graph: Graph) -> None:
+    """Raise ModelError for layers whose weights and settings do not fit each other, of which
+    PyTorch would complain only when they are run."""
+    shapes = graph.shapes()
+    for node in graph.nodes:
+        wrong = None if node.domain else _misfit(node, graph, shapes)
+        if wrong is not None:
+            raise ModelError(f"{graph.source}: {node} has {wrong}; is the file damaged?")
+
+
+def _misfit(node: Node, graph: Graph, shapes: Mapping[str, Shape]) -> str | None:
+    axis, rank = node.attributes.get("axis", 0), len(shapes.get(node.input(0), (0,) * 8))
+    if node.op in _AXIS and not -rank <= axis < rank:
+        return f"the axis {axis}, and an input of {rank} dimensions"
+    arrays = [graph.tensors.get(name) for name in node.inputs]
+    constants = [array for array in arrays if array is not None]
+    if node.op in ("BatchNormalization", "Conv", "Gemm"):
+        dtypes = {array.dtype.name for array in constants}
+        if not dtypes <= {"float32", "float16", "bfloat16", "float64"}:
+            return f"weights of type {', '.join(sorted(dtypes))}"
+        if node.op != "BatchNormalization" and len(dtypes) > 1:
+            return f"weights of types {' and '.join(sorted(dtypes))}"
+    epsilon = node.attributes.get("epsilon", 1e-5)
+    if node.op == "BatchNormalization" and not 0 <= epsilon < math.inf:
+        return f"an epsilon of {epsilon}"
+    if node.op in _SIZES and any(a is not None and a.ndim > 1 for a in arrays[1:]):
+        return "sizes that are no vector"
+    if node.op != "Conv" or len(arrays) < 2 or arrays[1] is None:
+        return None
+    weight, rank = arrays[1], arrays[1].ndim - 2
+    for name, count in (("strides", rank), ("dilations", rank), ("pads", 2 * rank)):
+        values = node.ints(name, (1,) * count)
+        least = 0 if name == "pads" else 1
+        if len(values) != count or not all(least <= value < 2**31 for value in values):
+            return f"{name} {list(values)[:6]}, and a weight of shape {weight.shape}"
+    kernel = node.ints("kernel_shape", weight.shape[2:])
+    if kernel != weight.shape[2:]:
+        return f"kernel_shape {list(kernel)[:6]}, and a weight of shape {weight.shape}"
+    groups = int(node.attributes.get("group", 1))
+    if groups < 1 or len(weight) % groups:
+        return f"{groups} groups, and a weight of shape {weight.shape}"
+    if len(arrays) > 2 and arrays[2] is not None and arrays[2].shape != weight.shape[:1]:
+        return f"a bias of shape {arrays[2].shape}, and a weight of shape {weight.shape}"
+    return None
+
+
+def _converted_wrongly(node: Node, graph: Graph) -> bool:
+    """Whether onnx2torch would leave out what a node does, without a word."""
+    if node.op == "Pad":
+        return bool(node.attributes.get("value", 0.0))  # before opset 11
+    return node.op == "Dropout" and any(node.outputs[1:])  # the mask
+
+
+def explicit_splits(graph: Graph) -> Graph:
+    """Split into `num_outputs` parts, of opset 18, says the sizes of the parts."""
+    changes: dict[Node, tuple[Node, ...]] = {}
+    tensors: dict[str, np.ndarray] = {}
+    names = graph.fresh("parts")
+    shapes: dict | None = None
+    for node in graph.nodes:
+        count = int(node.attributes.get("num_outputs", 0))
+        if node.op != "Split" or node.domain or count < 1:
+            continue
+        shapes = graph.shapes() if shapes is None else shapes
+        shape = shapes.get(node.inputs[0], ())
+        axis = int(node.attributes.get("axis", 0))
+        if not -len(shape) <= axis < len(shape) or shape[axis] is None:
+            continue
+        part = -(-shape[axis] // count)
+        last = shape[axis] - (count - 1) * part
+        name = next(names)
+        tensors[name] = np.array([part] * (count - 1) + [last], np.int64)
+        changes[node] = (replace(node, inputs=(node.inputs[0], name), attributes={"axis": axis}),)
+    return graph.rewrite(changes, tensors)
+
+
+def _lower_node(node: Node, graph: Graph) -> Node:
+    """`node` with the attributes and inputs that its operator has at `OPSET`."""
+    try:
+        new = onnx.defs.get_schema(node.op, graph.opset, "")
+    except onnx.defs.SchemaError:
+        raise unsupported(node, graph) from None
+    if new.since_version <= OPSET and node.op != "Reshape":
+        return node
+    if node.op == "Reshape":
+        node = _without_allowzero(node, graph)
+    try:
+        old = onnx.defs.get_schema(node.op, OPSET, "")
+    except onnx.defs.SchemaError:
+        raise unsupported(node, graph) from None
+    attributes = {
+        name: value
+        for name, value in node.attributes.items()
+        if name in old.attributes or not _is_default(value, new.attributes.get(name))
+    }
+    inputs = node.inputs
+    if "axes" in old.attributes and len(inputs) == 2 and len(old.inputs) == 1:
+        axes = constant_axes(node, graph)
+        if axes is not None:
+            inputs, attributes = inputs[:1], {**attributes, "axes": axes}
+    newer = sorted(set(attributes) - set(old.attributes))
+    if newer or len(inputs) > old.max_input:
+        raise unsupported(node, graph)
+    return replace(node, inputs=inputs, attributes=attributes)
+
+
+def _is_default(value: Any, attribute: Any) -> bool:
+    """Whether `value` is what leaving the attribute out means, as far as the schema says."""
+    if attribute is None:
+        return False
+    if isinstance(value, (list, tuple)) and not attribute.default_value.name:
+        return set(value) == {1}  # dilations, the only list that newer opsets added
+    return bool(attribute.default_value.name) and value == _attribute(attribute.default_value)
+
+
+def _attribute(proto: onnx.AttributeProto) -> Any:
+    value = onnx.helper.get_attribute_value(proto)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _without_allowzero(node: Node, graph: Graph) -> Node:
+    """A Reshape without `allowzero` where its constant sizes are not 0, so that it says nothing."""
+    shape = graph.tensors.get(node.inputs[1])
+    concat = graph.producers.get(node.inputs[1])
+    if shape is None and concat is not None and concat.op == "Concat":
+        parts = [graph.tensors[name] for name in concat.inputs if name in graph.tensors]
+    else:
+        parts = [shape] if shape is not None else []
+    if not parts or any((part == 0).any() for part in parts):
+        return node
+    attributes = {name: v for name, v in node.attributes.items() if name != "allowzero"}
+    return replace(node, attributes=attributes)
+
+
+def unsupported(node: Node, graph: Graph, error: Exception | None = None) -> ModelError:
+    """What to raise for a node that cannot be converted."""
+    why = f" ({type(error).__name__}: {first_line(error)})" if error is not None else ""
+    return ModelError(
+        f"{graph.source}: {node}, opset {graph.opset}, cannot be converted to PyTorch{why}; "
+        "export the model without that operator, or with another opset_version"
+    )
