@@ -14,18 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 import torch_mbv2
-from torch_mbv2 import cli, testing
-from torch_mbv2.cli import bench, images, models
+from torch_mbv2 import cli
+from torch_mbv2.cli import models
 from torch_mbv2.cli.models import ImageModel
 
 EXPORTS = Path(__file__).resolve().parents[1] / "build" / "demo"
 BATCH = 4
-# float32 over some 50 layers, summed in another order: 1e-4, as for a trained classifier, whose
-# largest logits are about 20; as much in proportion where they are larger.
-ABSOLUTE, RELATIVE = 1e-4, 5e-6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,10 +73,12 @@ def _demo(args: argparse.Namespace) -> int:
     if report.note:
         print(f"kernels run as stock PyTorch operators here: {report.note}")
 
-    batch = _batch(args, stock)
-    _say(f"comparing stock, patched and ONNX Runtime in float32 on {_describe(args, batch)}")
-    if not _agree(stock, patched, path, batch, device):
-        return 1
+    _say("comparing patched, stock and ONNX Runtime in float32")
+    images = ["--images", *args.images] if args.images else ["--batch", str(stock.batch or BATCH)]
+    tf = ["--tf"] * (args.tf and bool(args.images))
+    status = cli.main(["compare", str(path), *images, *tf])
+    if status:
+        return status
 
     _say("timing stock against patched, in turns")
     batches = ["1,8", "1,32,256"][device.type == "cuda"] if stock.batch is None else stock.batch
@@ -110,53 +108,6 @@ def _export(model: ImageModel, path: Path) -> None:
             dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
             dynamo=False,
         )
-
-
-def _batch(args: argparse.Namespace, model: ImageModel) -> Tensor:
-    """The images, or noise where there are none: (N, 3, H, W), float32."""
-    if not args.images:
-        noise = torch.Generator().manual_seed(0)
-        return torch.randn(model.batch or BATCH, 3, *model.size, generator=noise)
-    half = (0.5, 0.5, 0.5)
-    mean = half if args.tf else model.info.mean or images.IMAGENET_MEAN
-    std = half if args.tf else model.info.std or images.IMAGENET_STD
-    preprocessing = images.Preprocessing(model.size, mean, std)
-    return torch.stack([preprocessing.load(path) for path in args.images])
-
-
-def _describe(args: argparse.Namespace, batch: Tensor) -> str:
-    count = f"{len(batch)} image" + "s" * (len(batch) != 1)
-    return count + " of noise" * (not args.images)
-
-
-def _agree(
-    stock: ImageModel, patched: nn.Module, path: Path, batch: Tensor, device: torch.device
-) -> bool:
-    """Print how far the logits are apart and whether that is rounding."""
-    runtime = models.OnnxRuntime(str(path))
-    with bench.exact_settings():
-        logits = {
-            "ONNX Runtime": models.scores(runtime, batch, runtime.batch),
-            "stock": models.scores(
-                stock.to(device, torch.float32), batch.to(device), stock.batch
-            ).cpu(),
-            "patched": models.scores(patched, batch.to(device), stock.batch).cpu(),
-        }
-    largest = float(logits["stock"].abs().max())
-    bound = max(ABSOLUTE, RELATIVE * largest)
-    agree = True
-    for one, other in (
-        ("stock", "patched"),
-        ("ONNX Runtime", "patched"),
-        ("ONNX Runtime", "stock"),
-    ):
-        difference = testing.max_abs(logits[one], logits[other])
-        within = difference <= bound
-        agree &= within
-        verdict = "agree" if within else "DISAGREE"
-        print(f"{one} and {other}: {verdict}, max difference {difference:.1e}, bound {bound:.0e}")
-    print(f"largest logit {largest:.2f}")
-    return agree
 
 
 if __name__ == "__main__":

@@ -109,14 +109,14 @@ def small_model(
     **tensors: object,
 ) -> onnx.ModelProto:
     """A model from `x` to `outputs`; a node is (operator, inputs, outputs, attributes), in which
-    "-" stands for an input that is left out, and `domain` is an attribute."""
+    "-" stands for an input or output that is left out, and `domain` is an attribute."""
     from onnx import helper, numpy_helper
 
     def names(text: str) -> list[str]:
         return ["" if name == "-" else name for name in text.split()]
 
     protos = [
-        helper.make_node(op, names(inputs), names(results), **(rest[0] if rest else {}))
+        helper.make_node(op, names(inputs), names(results), **dict(*rest))
         for op, inputs, results, *rest in nodes
     ]
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))

@@ -125,7 +125,7 @@ def test_inspect(main, file):
     status, found, _ = main("inspect", file, "--batch", "2")
     assert status == 0
     assert found["input"] == [2, *((3, SIZE, SIZE) if file == "unit.onnx" else (SIZE, SIZE, 3))]
-    assert found["operators"]["Conv2d"] == (1 if file == "other.onnx" else 9)
+    assert found["operators"]["Conv2d"] == (1 if file == "other.onnx" else 10)
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from onnx_helpers import randomise
 from torch import fx, nn
 
-from torch_mbv2.mobilenet import Architecture, Block, MobileNetV2, SamePad2d
+from torch_mbv2.mobilenet import (
+    Architecture,
+    Block,
+    MobileNetV2,
+    Preprocess,
+    Preprocessing,
+    SamePad2d,
+)
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is the reference here")
 
@@ -163,3 +170,98 @@ def test_impossible_residual() -> None:
     blocks = (Block(None, 5, residual=True),)
     with pytest.raises(ValueError, match="a residual block needs stride 1"):
         MobileNetV2.from_architecture(Architecture(6, blocks, 13))
+
+
+# ---------------------------------------------------------------- before the stem, behind the head
+
+MEAN, STD = torch.tensor([123.7, 116.3, 103.5]), torch.tensor([58.4, 57.1, 57.4])
+# (x - MEAN) / STD, as torchvision's transforms do it
+STANDARDISED = Preprocessing(
+    scale=tuple((1 / STD.double()).tolist()), shift=tuple((-MEAN.double() / STD.double()).tolist())
+)
+
+
+def photo(dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, 3, 16, 18), generator=generator).to(dtype)
+
+
+def surrounded(**options: object) -> MobileNetV2:
+    blocks = (Block(None, 8), Block(16, 8, residual=True))
+    return MobileNetV2.from_architecture(Architecture(8, blocks, 32, 5, **options)).eval()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int64, torch.float16, torch.float32, torch.float64]
+)
+def test_preprocess(dtype: torch.dtype, channels_last: bool) -> None:
+    image = photo(dtype)
+    layer = Preprocess(Preprocessing(channels_last, STANDARDISED.scale, STANDARDISED.shift))
+    given = image.permute(0, 2, 3, 1).contiguous() if channels_last else image
+    out = layer(given)
+    expected = torchvision.transforms.functional.normalize(photo(torch.float64), MEAN, STD)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_preprocess_rounds_once(dtype: torch.dtype) -> None:
+    """In the network's dtype: 255 * 257 is beyond float16, and its buffers would be rounded."""
+    layer = Preprocess(Preprocessing(scale=(0.5,), shift=(-64.0,))).to(dtype)
+    image = photo(torch.float32) * 257
+    out = layer(image)
+    assert out.dtype == dtype
+    assert torch.equal(out, (image * 0.5 - 64).to(dtype))
+
+
+def test_preprocess_copies_no_channels_last_image() -> None:
+    layer = Preprocess(Preprocessing(channels_last=True))
+    image = photo(torch.float32).permute(0, 2, 3, 1).contiguous()
+    assert layer(image).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(layer(image), image.permute(0, 3, 1, 2))
+
+
+def test_preprocess_is_not_in_the_state_dict() -> None:
+    """Which stays the network's, and torchvision's."""
+    plain, full = surrounded(), surrounded(preprocessing=STANDARDISED, output="softmax")
+    assert list(full.state_dict()) == list(plain.state_dict())
+    full.load_state_dict(plain.state_dict())
+    image = photo()
+    with torch.inference_mode():
+        standardised = torchvision.transforms.functional.normalize(image.float(), MEAN, STD)
+        expected = plain(standardised).softmax(1)
+        torch.testing.assert_close(full(image), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("output", "function"),
+    [
+        ("logits", lambda logits: logits),
+        ("softmax", lambda logits: logits.exp() / logits.exp().sum(1, keepdim=True)),
+        ("log_softmax", lambda logits: logits - logits.exp().sum(1, keepdim=True).log()),
+        ("sigmoid", lambda logits: 1 / (1 + (-logits).exp())),
+    ],
+)
+def test_output(output: str, function: object) -> None:
+    plain, full = surrounded(), surrounded(output=output)
+    full.load_state_dict(randomise(plain).state_dict())
+    image = torch.randn(2, 3, 16, 18, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = function(plain(image).double())
+        assert expected.std() > 0.01
+        torch.testing.assert_close(full(image).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_output_that_is_unknown() -> None:
+    with pytest.raises(KeyError, match="argmax"):
+        surrounded(output="argmax")
+
+
+def test_preprocessing_traces_and_exports() -> None:
+    model = surrounded(preprocessing=STANDARDISED, output="softmax")
+    image = photo()
+    program = torch.export.export(model, (image,))
+    with torch.inference_mode():
+        assert torch.equal(fx.symbolic_trace(model)(image), model(image))
+        torch.testing.assert_close(program.module()(image), model(image))

@@ -229,3 +229,9 @@ def test_padding_by_the_batch_or_channels_stays(axis: int) -> None:
 def test_same_padding_that_another_node_reads_stays() -> None:
     before = computed_padding(*SAME, ("ReduceMax", "p", "m", {"keepdims": 0}))
     assert clean.recognise_same_padding(before) is before
+
+
+@pytest.mark.parametrize("mode", ["SAME", "same_upper", ""])
+def test_unknown_modes_stay(mode: str) -> None:
+    before = small_graph(("Conv", "x w", "y", {"auto_pad": mode}), w=WEIGHT)
+    assert clean.explicit_padding(before) is before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import operator
 import pickle
 from collections import Counter
@@ -963,3 +964,12 @@ def test_blocks_take_one_image_without_a_batch(device, padding):
 def test_what_is_no_module_is_refused(verb):
     with pytest.raises(torch_mbv2.Error, match=rf"^torch_mbv2\.{verb}: model must be a .*, got 3$"):
         getattr(torch_mbv2, verb)(3)
+
+
+def test_model_without_anything_to_report(monkeypatch):
+    """Reporting on it patches it once, and not again and again."""
+    module = importlib.import_module("torch_mbv2.patch")  # the name is the function's, too
+    calls, one = [], module._patch
+    monkeypatch.setattr(module, "_patch", lambda *args: (calls.append(args), one(*args)))
+    assert torch_mbv2.report(nn.Sequential(nn.Identity()).eval()).rows == []
+    assert len(calls) == 1

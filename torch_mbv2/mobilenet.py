@@ -66,10 +66,10 @@ class Architecture:
 
 
 class Preprocess(nn.Module):
-    """A `Preprocessing` as a layer, computed in float32 and rounded once to the network's dtype.
+    """A `Preprocessing` as a layer.
 
-    Equivalent: `(scale * x.float() + shift).to(dtype)`, where `dtype` is that of the module's
-    buffers; the result is (N, C, H, W), of (N, H, W, C) images without a copy in channels_last.
+    Equivalent: `(x * scale + shift).to(scale.dtype)`, which is the network's dtype; the result is
+    (N, C, H, W), of (N, H, W, C) images in channels_last without a copy.
 
     x: (N, C, H, W), or (N, H, W, C) if `channels_last`, of any dtype, such as uint8.
     """
@@ -85,7 +85,7 @@ class Preprocess(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.preprocessing.channels_last:
             x = x.permute(0, 3, 1, 2)
-        return (x.float() * self.scale.float() + self.shift.float()).to(self.scale.dtype)
+        return (x * self.scale + self.shift).to(self.scale.dtype)
 
     def extra_repr(self) -> str:
         given = self.preprocessing

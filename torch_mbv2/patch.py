@@ -25,6 +25,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import itertools
 import operator
 import types
 from collections import Counter
@@ -1061,7 +1062,7 @@ def patch(
     if not inplace or strict:
         patched = unpatch(model)  # always a copy
         _patch(patched, level, filter_fn or _all)
-        left = [row for row in report(patched).rows if row.kernel is None and row.supported]
+        left = [row for row in _rows(patched) if row.kernel is None and row.supported]
         if strict and left:
             listed = "; ".join(f"{row.name}: {row.reason}" for row in left[:5])
             more = f"; and {len(left) - 5} more" if len(left) > 5 else ""
@@ -1150,7 +1151,8 @@ def _why_stock(module: nn.Module, name: str, filter_fn: FilterFn) -> str | None:
         return None
     base = next((cls for cls in _SUPPORTED if isinstance(module, cls)), None)
     if not _is_torch_leaf(module) and base is None:
-        return "no kernel for it" if next(module.parameters(), None) is not None else None
+        tensors = next(itertools.chain(module.parameters(), module.buffers()), None)
+        return "no kernel for it" if tensors is not None else None
     general = _untouchable(module, name, filter_fn)
     if general is not None:
         return general

@@ -37,6 +37,7 @@ class ModelInfo:
     std: tuple[float, ...] | None = None
     labels: tuple[str, ...] | None = None
     white: float | None = None  # the value of a white pixel, for models that normalise their input
+    notes: tuple[str, ...] = ()  # how the module differs from what its source computes
 
 
 def load_model(spec: str, *, pretrained: bool = True, seed: int = 0) -> tuple[nn.Module, ModelInfo]:
@@ -63,18 +64,26 @@ def load_model(spec: str, *, pretrained: bool = True, seed: int = 0) -> tuple[nn
 
 
 def _from_onnx(path: str) -> tuple[nn.Module, ModelInfo]:
-    from torch_mbv2.onnx import load_with_input
+    from torch_mbv2.onnx import load
 
-    model, shape, dtype = load_with_input(path)
-    dtype = dtype or torch.float32
+    loaded = load(path)
+    model, dtype = loaded.module, loaded.dtype or torch.float32
     white = None if dtype.is_floating_point else 255.0
     preprocessing = model.architecture.preprocessing if isinstance(model, MobileNetV2) else None
     if preprocessing is not None and white is None and preprocessing.scale != (1.0,):
         # What divides by more than 10 takes 0 to 255, what divides by a standard deviation 0 to 1.
         white = 255.0 if max(map(abs, preprocessing.scale)) < 0.1 else 1.0
-    mean, std = (None, None) if white is None else ((0.0,) * 3, (1 / white,) * 3)
-    text = f"the file {path}"
-    return model, ModelInfo(Path(path).name, text, True, shape, dtype, mean, std, white=white)
+    return model, ModelInfo(
+        Path(path).name,
+        f"the file {path}",
+        True,
+        loaded.shape,
+        dtype,
+        mean=None if white is None else (0.0,) * 3,
+        std=None if white is None else (1 / white,) * 3,
+        white=white,
+        notes=loaded.notes,
+    )
 
 
 def _from_torchvision(name: str, pretrained: bool, seed: int) -> tuple[nn.Module, ModelInfo]:

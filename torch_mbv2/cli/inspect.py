@@ -98,9 +98,7 @@ _GLOBAL_POOL = "global average pool"  # adaptive to 1 x 1, or a mean over height
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and what to count for."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="an ONNX file, torchvision:NAME or timm:NAME"
-    )
+    models.add_model(parser)
     parser.add_argument(
         "--resolution",
         type=models.image_size,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +71,16 @@ class ImageModel:
         return self.inputs(torch.rand(shape, generator=generator) * self.info.white, dtype)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL and `--device`."""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL."""
     parser.add_argument(
         "model", metavar="MODEL", help="an ONNX file, torchvision:NAME or timm:NAME"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL and `--device`."""
+    add_model(parser)
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -115,11 +119,9 @@ def load(spec: str, size: int | None = None) -> ImageModel:
 
     Raises ModelError if it takes anything but one batch of three-channel images.
     """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        module, info = load_model(spec)
-    for warning in caught:
-        output.note(str(warning.message))
+    module, info = load_model(spec)
+    for note in info.notes:
+        output.note(note)
     inputs = _count_inputs(module)
     if inputs != 1:
         raise ModelError(f"{spec}: the model must have one input, an image; it has {inputs}")

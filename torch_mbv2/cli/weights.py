@@ -81,9 +81,7 @@ _NPY_HEADER = 2**12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """export|check MODEL DIR and the format."""
     parser.add_argument("action", choices=("export", "check"), help="write DIR, or compare with it")
-    parser.add_argument(
-        "model", metavar="MODEL", help="an ONNX file, torchvision:NAME or timm:NAME"
-    )
+    models.add_model(parser)
     parser.add_argument("directory", metavar="DIR", help="the folder of the weights")
     parser.add_argument(
         "--format",

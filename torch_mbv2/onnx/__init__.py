@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,8 @@ def load_onnx(path_or_proto: str | os.PathLike[str] | bytes | onnx.ModelProto) -
     A graph that is a MobileNetV2 by its structure comes back as `MobileNetV2`, with torchvision's
     parameter names: `BatchNorm2d` where the file has it, convolutions with a bias where it is
     folded. Any other graph is converted by onnx2torch into an `fx.GraphModule`. Weights keep the
-    file's dtype. Nothing in the file is executed.
+    file's dtype. Nothing in the file is executed. A quantised model is loaded as its float
+    equivalent, with a warning that says so.
 
     path_or_proto: a path (weights in a file next to it are read too), the bytes of such a file, or
         an `onnx.ModelProto`, which is left as it is.
@@ -31,15 +33,32 @@ def load_onnx(path_or_proto: str | os.PathLike[str] | bytes | onnx.ModelProto) -
     Raises ModelError for a file or graph that cannot be used, and UnavailableError if a package
     that this needs is not installed.
     """
-    return load_with_input(path_or_proto)[0]
+    loaded = load(path_or_proto)
+    for note in loaded.notes:
+        warnings.warn(note, stacklevel=2)
+    return loaded.module
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A module, and what the file says about it.
+
+    Attributes:
+        shape, dtype: of its first input, as declared; None stands for a size that may vary, and
+            for what is not declared.
+        notes: sentences on how the module differs from what the file computes, such as that of a
+            quantised model, which is loaded as its float equivalent.
+    """
+
+    module: nn.Module
+    shape: tuple[int | None, ...] | None
+    dtype: torch.dtype | None
+    notes: tuple[str, ...]
 
 
 @torch.inference_mode(False)
-def load_with_input(
-    path_or_proto: str | os.PathLike[str] | bytes | onnx.ModelProto,
-) -> tuple[nn.Module, tuple[int | None, ...] | None, torch.dtype | None]:
-    """As `load_onnx`, and the shape and dtype that the file declares for its first input, if it
-    does; None stands for a size that may vary."""
+def load(path_or_proto: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Loaded:
+    """As `load_onnx`, with more than the module."""
     try:
         import onnx
 
@@ -67,9 +86,10 @@ def load_with_input(
         raise ModelError(
             f"{where}: damaged: {type(error).__name__}: {graph.first_line(error)}"
         ) from error
-    for note in cleaned.notes:
-        warnings.warn(f"{where}: {note}", stacklevel=4)
-    if not cleaned.inputs:
-        return module, None, None
-    image = cleaned.inputs[0]
-    return module, graph.declared_shape(image), graph.declared_dtype(image)
+    image = cleaned.inputs[0] if cleaned.inputs else None
+    return Loaded(
+        module,
+        None if image is None else graph.declared_shape(image),
+        None if image is None else graph.declared_dtype(image),
+        tuple(f"{where}: {note}" for note in cleaned.notes),
+    )

@@ -99,6 +99,10 @@ class Graph:
                 users.setdefault(value, []).append(node)
         return users
 
+    def is_read(self, value: str) -> bool:
+        """Whether a node reads `value`, or it is an output; "" is no value."""
+        return bool(value) and (value in self.users or value in self.output_names)
+
     def sole_user(self, value: str) -> Node | None:
         """The only reader of `value`; None if there are more or fewer, or it is a graph output."""
         users = self.users.get(value, ())
@@ -309,7 +313,8 @@ def _load_external(tensors: Sequence[onnx.TensorProto], folder: Path, where: str
         if total > 2 * sum(sizes.values()):
             raise ValueError("many of them lie in the same place")
         for tensor in tensors:
-            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+            if _byte_count(tensor):  # else a length of 0, which means the whole file
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
     except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
@@ -351,19 +356,25 @@ def _to_array(tensor: onnx.TensorProto, where: str) -> np.ndarray:
 def _check_functions(model: onnx.ModelProto, where: str) -> None:
     """Raise ModelError for functions that cannot be inlined: that call each other in circles, or
     come to too many nodes."""
-    calls = {
-        (f.domain, f.name): [(node.domain, node.op_type) for node in f.node]
-        for f in model.functions
-    }
-    sizes: dict[tuple[str, str], int] = {}
+    calls = {(_domain(f.domain), f.name, f.overload): [*_calls(f.node)] for f in model.functions}
+    sizes: dict[tuple[str, str, str], int] = {}
     try:
         for key in graphlib.TopologicalSorter(calls).static_order():
             sizes[key] = sum(sizes[call] for call in calls.get(key, ())) if key in calls else 1
     except graphlib.CycleError:
         raise ModelError(f"{where}: its functions call each other in circles") from None
-    total = sum(sizes.get((node.domain, node.op_type), 1) for node in model.graph.node)
+    total = sum(sizes.get(call, 1) for call in _calls(model.graph.node))
     if total > _MOST_NODES:
         raise ModelError(f"{where}: its functions come to {total} nodes, which is too many")
+
+
+def _calls(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, str, str]]:
+    """What the nodes call, and those in their graphs: domain, name and overload."""
+    for node in nodes:
+        yield _domain(node.domain), node.op_type, node.overload
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _calls(graph.node)
 
 
 def _check(graph: Graph) -> None:
@@ -414,13 +425,16 @@ def _strange_attribute(node: Node, opset: int) -> str | None:
         if name not in known:
             return f"an attribute {quoted(name)}, which opset {opset} does not know"
         wanted = known[name].type.name
-        if not isinstance(value, _ATTRIBUTE_TYPES.get(wanted, object)):
+        kind = _ATTRIBUTE_TYPES.get(wanted.removesuffix("S"), object)
+        several = isinstance(value, list)
+        fits = all(isinstance(item, kind) for item in (value if several else [value]))
+        if several != wanted.endswith("S") or not fits:
             return f"an attribute {quoted(name)} that must be {wanted.lower()}, got {_short(value)}"
     missing = [n for n, a in known.items() if a.required and n not in node.attributes]
     return f"no attribute {missing[0]!r}" if missing else None
 
 
-_ATTRIBUTE_TYPES = {"INT": int, "FLOAT": float, "STRING": str, "TENSOR": np.ndarray}
+_ATTRIBUTE_TYPES = {"INT": int, "FLOAT": float, "STRING": (str, bytes), "TENSOR": np.ndarray}
 
 
 def _check_arity(node: Node, graph: Graph) -> None:

@@ -29,6 +29,8 @@ SAME_CONV = "SameConv"
 IMAGE_POOL = "ImagePool"
 """A GlobalAveragePool of images; onnx2torch's own depends on their size."""
 
+# Operators that onnx2torch computes one axis after the other.
+_AXIS_BY_AXIS = frozenset(("ReduceMax", "ReduceMin", "ReduceProd", "Squeeze", "Unsqueeze"))
 # Operators that work along one dimension.
 _AXIS = frozenset(("Concat", "Gather", "LogSoftmax", "Softmax", "Split"))
 # Operators whose further inputs are vectors of sizes, axes or positions.
@@ -40,7 +42,7 @@ def lower(graph: Graph) -> Graph:
 
     Raises ModelError for an operator that cannot be written so.
     """
-    graph = explicit_splits(graph)
+    graph = explicit_splits(positive_axes(single_outputs(graph)))
     shapes = graph.shapes()
     changes: dict[Node, tuple[Node, ...]] = {}
     for node in graph.nodes:
@@ -52,6 +54,8 @@ def lower(graph: Graph) -> Graph:
         if node.op == "Clip" and not node.input(1) and node.input(2):
             # onnx2torch takes the name of a bound that is left out for that of a value.
             changes[node] = (replace(node, op="Min", inputs=(node.inputs[0], node.inputs[2])),)
+        elif node.op == "CumSum":
+            changes[node] = (replace(node, attributes={"reverse": 0, **node.attributes}),)
         elif node.op in ADDED:
             if not onnx.defs.has(node.op, graph.opset, ""):
                 raise unsupported(node, graph)
@@ -80,6 +84,9 @@ def _misfit(node: Node, graph: Graph, shapes: Mapping[str, Shape]) -> str | None
     axis, rank = node.attributes.get("axis", 0), len(shapes.get(node.input(0), (0,) * 8))
     if node.op in _AXIS and not -rank <= axis < rank:
         return f"the axis {axis}, and an input of {rank} dimensions"
+    ranks = {len(shapes[name]) for name in node.inputs if name in shapes}
+    if node.op == "Concat" and len(ranks) > 1:
+        return f"inputs of {' and '.join(map(str, sorted(ranks)))} dimensions"
     arrays = [graph.tensors.get(name) for name in node.inputs]
     constants = [array for array in arrays if array is not None]
     if node.op in ("BatchNormalization", "Conv", "Gemm"):
@@ -113,10 +120,85 @@ def _misfit(node: Node, graph: Graph, shapes: Mapping[str, Shape]) -> str | None
 
 
 def _converted_wrongly(node: Node, graph: Graph) -> bool:
-    """Whether onnx2torch would leave out what a node does, without a word."""
+    """Whether onnx2torch would make something else of a node, without a word."""
     if node.op == "Pad":
         return bool(node.attributes.get("value", 0.0))  # before opset 11
-    return node.op == "Dropout" and any(node.outputs[1:])  # the mask
+    if node.op == "ConvTranspose":
+        return "output_shape" in node.attributes
+    if node.op == "LRN":
+        return node.attributes["size"] % 2 == 0
+    return node.op == "Resize" and not _interpolates(node, graph)
+
+
+def _interpolates(node: Node, graph: Graph) -> bool:
+    """Whether `F.interpolate` resizes as a Resize says."""
+    mode = node.attributes.get("mode", "nearest")
+    if graph.opset < 11:
+        return mode == "nearest"
+    grid = node.attributes.get("coordinate_transformation_mode", "half_pixel")
+    if mode != "nearest":
+        usual = node.attributes.get("cubic_coeff_a", -0.75) == -0.75
+        return usual and not node.attributes.get("exclude_outside", 0) and grid != "asymmetric"
+    rounding = node.attributes.get("nearest_mode", "round_prefer_floor")
+    if rounding == "floor":
+        return grid == "asymmetric"
+    # Scaled up by whole numbers, the nearest pixel to the centre is the one that PyTorch takes.
+    scales = graph.tensors.get(node.input(2), np.empty(0))
+    whole = scales.size > 0 and bool((scales >= 1).all() and (scales == np.floor(scales)).all())
+    return whole and rounding.startswith("round") and grid.endswith("half_pixel")
+
+
+def single_outputs(graph: Graph) -> Graph:
+    """Further outputs of a node go where nothing reads them, and one of several is no output of the
+    graph itself: onnx2torch would give all of them.
+
+    Raises ModelError for further outputs that onnx2torch lacks, and that are read.
+    """
+    names = graph.fresh("part")
+    changes: dict[Node, tuple[Node, ...]] = {}
+    for node in graph.nodes:
+        if node.domain or len(node.outputs) == 1:
+            continue
+        if node.op not in ("Split", "TopK"):
+            if any(map(graph.is_read, node.outputs[1:])):
+                raise unsupported(node, graph)
+            changes[node] = (replace(node, outputs=node.outputs[:1]),)
+            continue
+        parts = {name: next(names) for name in node.outputs if name in graph.output_names}
+        outputs = tuple(parts.get(name, name) for name in node.outputs)
+        copies = [Node("Identity", (part,), (name,), {}, name) for name, part in parts.items()]
+        changes[node] = (replace(node, outputs=outputs), *copies)
+    return graph.rewrite(changes)
+
+
+def positive_axes(graph: Graph) -> Graph:
+    """Several axes of one node are counted from the front: onnx2torch takes one after the other,
+    and mistakes those that are counted from the back.
+
+    Raises ModelError where the number of dimensions is not known.
+    """
+    changes: dict[Node, tuple[Node, ...]] = {}
+    shapes: Mapping[str, Shape] | None = None
+    tensors: dict[str, np.ndarray] = {}
+    names = graph.fresh("axes")
+    for node in graph.nodes:
+        axes = constant_axes(node, graph) if node.op in _AXIS_BY_AXIS else None
+        if node.domain or not axes or len(axes) == 1 or min(axes) >= 0:
+            continue
+        shapes = graph.shapes() if shapes is None else shapes
+        rank = len(shapes.get(node.inputs[0], ()))
+        if rank and node.op == "Unsqueeze":
+            rank += len(axes)
+        if not -rank <= min(axes) <= max(axes) < rank:
+            raise unsupported(node, graph)
+        axes = [axis % rank for axis in axes]
+        if "axes" in node.attributes:
+            changes[node] = (replace(node, attributes={**node.attributes, "axes": axes}),)
+        else:
+            name = next(names)
+            tensors[name] = np.array(axes, np.int64)
+            changes[node] = (replace(node, inputs=(node.inputs[0], name)),)
+    return graph.rewrite(changes, tensors)
 
 
 def explicit_splits(graph: Graph) -> Graph:

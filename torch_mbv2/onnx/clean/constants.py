@@ -80,7 +80,7 @@ def drop_identities(graph: Graph) -> Graph:
     for node in graph.nodes:
         if node.op not in ("Identity", "Dropout") or node.domain:
             continue
-        if any(mask in graph.users or mask in graph.output_names for mask in node.outputs[1:]):
+        if any(map(graph.is_read, node.outputs[1:])):  # a Dropout's mask
             continue
         source = sources.get(node.inputs[0], node.inputs[0])
         if node.outputs[0] not in graph.output_names:

@@ -45,6 +45,8 @@ def _pads(node: Node, shapes: Mapping[str, Shape]) -> list[int] | None:
         return list(node.ints("pads", [0] * 2 * rank))
     if auto == "VALID":
         return [0] * 2 * rank
+    if auto not in ("SAME_UPPER", "SAME_LOWER"):
+        return None
     sizes = (shapes.get(node.inputs[0]) or (None,) * (rank + 2))[2:]
     begins, ends = [], []
     for size, k, s, d in zip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +35,10 @@ def split_fused(graph: Graph) -> Graph:
     return graph.rewrite(changes, tensors)
 
 
-def _split(node: Node, graph: Graph, names, tensors: dict[str, np.ndarray]) -> tuple[Node, ...]:
+def _split(
+    node: Node, graph: Graph, names: Iterator[str], tensors: dict[str, np.ndarray]
+) -> tuple[Node, ...]:
+    """The nodes that a fused one stands for; constants that they read go into `tensors`."""
     rest = {k: v for k, v in node.attributes.items() if not k.startswith("activation")}
     layer = replace(node, op=node.op.removeprefix("Fused"), domain="", attributes=rest)
     if node.op == "FusedMatMul":
