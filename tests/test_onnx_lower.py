@@ -608,3 +608,22 @@ def test_network_without_surroundings_is_itself() -> None:
     image = torch.randn(2, 3, 16, 16)
     with torch.inference_mode():
         torch.testing.assert_close(loaded(image), model(image))
+
+
+def test_open_size_that_constants_imply() -> None:
+    """The file declares any height and width, but a Reshape inside wants a map of 16 x 16."""
+    head = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 256, 5))
+    axes = {"image": {0: "n", 2: "h", 3: "w"}}
+    proto = export(randomise(head), torch.zeros(1, 3, 32, 32), dynamic_axes=axes)
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(load_onnx(proto)(image), run(proto, image), rtol=1e-4, atol=1e-5)
+
+
+def test_open_features() -> None:
+    """Nothing tells how many there are but the weights."""
+    axes = {"image": {0: "n", 1: "d"}}
+    proto = export(randomise(nn.Linear(7, 5)), torch.zeros(1, 7), dynamic_axes=axes)
+    rows = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(load_onnx(proto)(rows), run(proto, rows), rtol=1e-4, atol=1e-5)

@@ -185,21 +185,38 @@ def _check_runs(module: fx.GraphModule, graph: Graph) -> None:
     Nothing is computed but sizes: floats are on the meta device. Where sizes cannot be told without
     values, the check ends.
     """
+    shapes = [declared_shape(value) or (None,) * 4 for value in graph.inputs]
+    if any(None in shape[1:] for shape in shapes if len(shape) != 4):
+        return  # no images, so that nothing is known of the sizes that are left open
+    image = any(None in shape[1:] for shape in shapes)
+    first: ModelError | None = None
+    for side in _SIDES if image else _SIDES[:1]:
+        error = _failure(module, graph, side)
+        if error is None:
+            return
+        first = first or error
+    assert first is not None
+    raise first
+
+
+def _failure(module: fx.GraphModule, graph: Graph, side: int) -> ModelError | None:
+    """Why the module cannot be run, with images of `side` pixels where the size is open."""
     checker = _Checker(module)
-    images = [_example(value, graph) for value in graph.inputs]
+    images = [_example(value, graph, side) for value in graph.inputs]
     try:
         with torch.no_grad():
             checker.run(*images)
     except Exception as error:  # as a layer finds its input wrong
         if re.search(r"\b(device|meta)\b", str(error), re.IGNORECASE):
-            return
+            return None
         names = [node.name for node in rename_nodes(graph).nodes]
         where = checker.place
         node = graph.nodes[names.index(where)] if where in names else f"node {where!r}"
-        raise ModelError(
+        return ModelError(
             f"{graph.source}: {node}, opset {graph.opset}, cannot be run on what the model "
             f"declares as its input: {first_line(error)}"
-        ) from error
+        )
+    return None
 
 
 class _Checker(fx.Interpreter):
@@ -250,22 +267,18 @@ def _without_values(x: Any) -> Any:
     return x.to("meta") if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
+# Images to try where a graph leaves their size open: constants inside may imply one.
+_SIDES = (224, 32, 64, 96, 128, 160, 192, 240, 256, 299, 320, 384, 512)
 # Elements of a tensor that one image may need: 16 GiB in float32.
 _LARGEST = 2**32
 
 
-def _example(value: onnx.ValueInfoProto, graph: Graph) -> Tensor:
-    """A tensor like a graph's input: one image of 224 x 224, as far as nothing else is declared."""
-    shape = declared_shape(value)
-    defaults = (1, 3, 224, 224)
-    if shape is None:
-        shape = (None,) * len(defaults)
-    sizes = [
-        (defaults[i] if len(shape) == len(defaults) else 1) if size is None else size
-        for i, size in enumerate(shape)
-    ]
-    if len(shape) == 4 and shape[1] is None and shape[3] == 3:
-        sizes[1] = 224  # (N, H, W, C)
+def _example(value: onnx.ValueInfoProto, graph: Graph, side: int) -> Tensor:
+    """A tensor like a graph's input: one image of `side` pixels, as far as nothing is declared."""
+    shape = declared_shape(value) or (None,) * 4
+    channels_last = len(shape) == 4 and shape[1] != 3 and shape[3] == 3
+    defaults = (1, side, side, 3) if channels_last else (1, 3, side, side)
+    sizes = [defaults[i] if size is None else size for i, size in enumerate(shape)]
     dtype = declared_dtype(value)
     if dtype is None:
         raise ModelError(
