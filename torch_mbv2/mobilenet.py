@@ -66,10 +66,10 @@ class Architecture:
 
 
 class Preprocess(nn.Module):
-    """A `Preprocessing` as a layer.
+    """A `Preprocessing` as a layer, rounded once to the network's dtype, which is its buffers'.
 
-    Equivalent: `(x * scale + shift).to(scale.dtype)`, which is the network's dtype; the result is
-    (N, C, H, W), of (N, H, W, C) images in channels_last without a copy.
+    Equivalent: `(x * scale + shift).to(scale.dtype)`, and nothing where that is the image itself;
+    the result is (N, C, H, W), of (N, H, W, C) images in channels_last without a copy.
 
     x: (N, C, H, W), or (N, H, W, C) if `channels_last`, of any dtype, such as uint8.
     """
@@ -77,6 +77,7 @@ class Preprocess(nn.Module):
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.preprocessing = preprocessing
+        self.scales = (preprocessing.scale, preprocessing.shift) != ((1.0,), (0.0,))
         for name in ("scale", "shift"):
             values = torch.tensor(getattr(preprocessing, name)).reshape(-1, 1, 1)
             # Not in the state dict, which is the network's and torchvision's.
@@ -85,7 +86,9 @@ class Preprocess(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.preprocessing.channels_last:
             x = x.permute(0, 3, 1, 2)
-        return (x * self.scale + self.shift).to(self.scale.dtype)
+        if self.scales:
+            x = torch.addcmul(self.shift, x, self.scale)  # one kernel, also for uint8
+        return x.to(self.scale.dtype)
 
     def extra_repr(self) -> str:
         given = self.preprocessing

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import keyword
-import math
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from torch_mbv2.errors import ModelError, UnavailableError
-from torch_mbv2.onnx.graph import Graph, Node, declared_dtype, declared_shape, first_line, quoted
-from torch_mbv2.onnx.lower import check_layers, lower, unsupported
+from torch_mbv2.onnx.check import check_layers, check_runs
+from torch_mbv2.onnx.graph import Graph, Node, first_line, quoted
+from torch_mbv2.onnx.lower import lower, unsupported
 
 
 def convert(graph: Graph) -> fx.GraphModule:
@@ -62,7 +61,8 @@ def convert(graph: Graph) -> fx.GraphModule:
             ) from error
         raise unsupported(node, graph, error) from error
     module = _to_stock(converted).eval()
-    _check_runs(module, graph)
+    names = (node.name for node in rename_nodes(graph).nodes)
+    check_runs(module, graph, dict(zip(names, graph.nodes, strict=True)))
     return module
 
 
@@ -176,115 +176,6 @@ def _slices(
         return None
     parts = {axis: slice(a, b, s) for axis, a, b, s in zip(axes, starts, ends, steps, strict=True)}
     return tuple(parts.get(axis, slice(None)) for axis in range(max(parts, default=-1) + 1))
-
-
-def _check_runs(module: fx.GraphModule, graph: Graph) -> None:
-    """Raise ModelError if the module cannot be run on what it declares as its inputs, or needs
-    tensors of more than `_LARGEST` elements for it.
-
-    Nothing is computed but sizes: floats are on the meta device. Where sizes cannot be told without
-    values, the check ends.
-    """
-    shapes = [declared_shape(value) or (None,) * 4 for value in graph.inputs]
-    if any(None in shape[1:] for shape in shapes if len(shape) != 4):
-        return  # no images, so that nothing is known of the sizes that are left open
-    image = any(None in shape[1:] for shape in shapes)
-    first: ModelError | None = None
-    for side in _SIDES if image else _SIDES[:1]:
-        error = _failure(module, graph, side)
-        if error is None:
-            return
-        first = first or error
-    assert first is not None
-    raise first
-
-
-def _failure(module: fx.GraphModule, graph: Graph, side: int) -> ModelError | None:
-    """Why the module cannot be run, with images of `side` pixels where the size is open."""
-    checker = _Checker(module)
-    images = [_example(value, graph, side) for value in graph.inputs]
-    try:
-        with torch.no_grad():
-            checker.run(*images)
-    except Exception as error:  # as a layer finds its input wrong
-        if re.search(r"\b(device|meta)\b", str(error), re.IGNORECASE):
-            return None
-        names = [node.name for node in rename_nodes(graph).nodes]
-        where = checker.place
-        node = graph.nodes[names.index(where)] if where in names else f"node {where!r}"
-        return ModelError(
-            f"{graph.source}: {node}, opset {graph.opset}, cannot be run on what the model "
-            f"declares as its input: {first_line(error)}"
-        )
-    return None
-
-
-class _Checker(fx.Interpreter):
-    """Runs a module on the meta device; whole numbers, which sizes are computed with, are real."""
-
-    place = ""
-    """The name of the node that is run."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False  # which would be added to the message
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.place = str(n.target if n.op == "call_module" else n.name)
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            _check_size(value.shape)
-        return value
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        # A scalar goes with tensors of any device, and may be what a Pad fills with.
-        return value if value.dim() == 0 else _without_values(value)
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        module = self.fetch_attr(target)
-        if type(module).__name__ == "OnnxShape":
-            return torch.tensor(args[0].shape[module._start : module._end])
-        if type(module).__name__ in ("OnnxConstantOfShape", "OnnxTile"):  # real, if the data is
-            _check_size(args[-1].tolist())
-        elif type(module).__name__ == "OnnxRange":
-            start, limit, step = (float(x) for x in args)
-            _check_size([max(0, (limit - start) / step)])
-        tensors = dict([*module.named_parameters(), *module.named_buffers()])
-        empty = {name: _without_values(tensor) for name, tensor in tensors.items()}
-        return torch.func.functional_call(module, empty, args, kwargs)
-
-
-def _check_size(shape: Sequence[float]) -> None:
-    if any(size < 0 for size in shape):
-        raise ValueError(f"it would have the shape {list(shape)}")
-    count = math.prod(shape)
-    if count > _LARGEST:
-        raise ValueError(f"it would have {count:.0f} elements")
-
-
-def _without_values(x: Any) -> Any:
-    return x.to("meta") if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-# Images to try where a graph leaves their size open: constants inside may imply one.
-_SIDES = (224, 32, 64, 96, 128, 160, 192, 240, 256, 299, 320, 384, 512)
-# Elements of a tensor that one image may need: 16 GiB in float32.
-_LARGEST = 2**32
-
-
-def _example(value: onnx.ValueInfoProto, graph: Graph, side: int) -> Tensor:
-    """A tensor like a graph's input: one image of `side` pixels, as far as nothing is declared."""
-    shape = declared_shape(value) or (None,) * 4
-    channels_last = len(shape) == 4 and shape[1] != 3 and shape[3] == 3
-    defaults = (1, side, side, 3) if channels_last else (1, 3, side, side)
-    sizes = [defaults[i] if size is None else size for i, size in enumerate(shape)]
-    dtype = declared_dtype(value)
-    if dtype is None:
-        raise ModelError(
-            f"{graph.source}: the input {quoted(value.name)} is of a type that PyTorch lacks"
-        )
-    return torch.empty(sizes, dtype=dtype, device="meta")
 
 
 def _stock_pads(layers: nn.Sequential) -> Iterator[nn.Module]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -31,10 +30,6 @@ IMAGE_POOL = "ImagePool"
 
 # Operators that onnx2torch computes one axis after the other.
 _AXIS_BY_AXIS = frozenset(("ReduceMax", "ReduceMin", "ReduceProd", "Squeeze", "Unsqueeze"))
-# Operators that work along one dimension.
-_AXIS = frozenset(("Concat", "Gather", "LogSoftmax", "Softmax", "Split"))
-# Operators whose further inputs are vectors of sizes, axes or positions.
-_SIZES = frozenset(("Expand", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Unsqueeze"))
 
 
 def lower(graph: Graph) -> Graph:
@@ -68,55 +63,6 @@ def lower(graph: Graph) -> Graph:
             changes[node] = (_lower_node(node, graph),)
     opsets = {**graph.opsets, "": min(graph.opset, OPSET), DOMAIN: 1}
     return replace(graph.rewrite(changes), opsets=opsets)
-
-
-def check_layers(graph: Graph) -> None:
-    """Raise ModelError for layers whose weights and settings do not fit each other, of which
-    PyTorch would complain only when they are run."""
-    shapes = graph.shapes()
-    for node in graph.nodes:
-        wrong = None if node.domain else _misfit(node, graph, shapes)
-        if wrong is not None:
-            raise ModelError(f"{graph.source}: {node} has {wrong}; is the file damaged?")
-
-
-def _misfit(node: Node, graph: Graph, shapes: Mapping[str, Shape]) -> str | None:
-    axis, rank = node.attributes.get("axis", 0), len(shapes.get(node.input(0), (0,) * 8))
-    if node.op in _AXIS and not -rank <= axis < rank:
-        return f"the axis {axis}, and an input of {rank} dimensions"
-    ranks = {len(shapes[name]) for name in node.inputs if name in shapes}
-    if node.op == "Concat" and len(ranks) > 1:
-        return f"inputs of {' and '.join(map(str, sorted(ranks)))} dimensions"
-    arrays = [graph.tensors.get(name) for name in node.inputs]
-    constants = [array for array in arrays if array is not None]
-    if node.op in ("BatchNormalization", "Conv", "Gemm"):
-        dtypes = {array.dtype.name for array in constants}
-        if not dtypes <= {"float32", "float16", "bfloat16", "float64"}:
-            return f"weights of type {', '.join(sorted(dtypes))}"
-        if node.op != "BatchNormalization" and len(dtypes) > 1:
-            return f"weights of types {' and '.join(sorted(dtypes))}"
-    epsilon = node.attributes.get("epsilon", 1e-5)
-    if node.op == "BatchNormalization" and not 0 <= epsilon < math.inf:
-        return f"an epsilon of {epsilon}"
-    if node.op in _SIZES and any(a is not None and a.ndim > 1 for a in arrays[1:]):
-        return "sizes that are no vector"
-    if node.op != "Conv" or len(arrays) < 2 or arrays[1] is None:
-        return None
-    weight, rank = arrays[1], arrays[1].ndim - 2
-    for name, count in (("strides", rank), ("dilations", rank), ("pads", 2 * rank)):
-        values = node.ints(name, (1,) * count)
-        least = 0 if name == "pads" else 1
-        if len(values) != count or not all(least <= value < 2**31 for value in values):
-            return f"{name} {list(values)[:6]}, and a weight of shape {weight.shape}"
-    kernel = node.ints("kernel_shape", weight.shape[2:])
-    if kernel != weight.shape[2:]:
-        return f"kernel_shape {list(kernel)[:6]}, and a weight of shape {weight.shape}"
-    groups = int(node.attributes.get("group", 1))
-    if groups < 1 or len(weight) % groups:
-        return f"{groups} groups, and a weight of shape {weight.shape}"
-    if len(arrays) > 2 and arrays[2] is not None and arrays[2].shape != weight.shape[:1]:
-        return f"a bias of shape {arrays[2].shape}, and a weight of shape {weight.shape}"
-    return None
 
 
 def _converted_wrongly(node: Node, graph: Graph) -> bool:
