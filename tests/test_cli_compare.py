@@ -560,6 +560,28 @@ def test_default_tolerance_follows_the_scale_of_the_output(dtype):
 # ---------------------------------------------------------------------------------------- inputs
 
 
+def test_nothing_but_nan_does_not_agree():
+    """Though both sides are alike."""
+    nan = torch.full((2, 3), math.nan)
+    assert not compare.differences(nan, nan, 1e-3, 1e-3)["agrees"]
+    assert compare._same_top1(nan, nan) == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "file", "expected"),
+    [
+        (torch.float32, torch.float16, torch.float16),
+        (torch.bfloat16, torch.float16, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.float32, torch.float64, torch.float32),
+        (torch.float32, None, torch.float32),
+    ],
+)
+def test_onnx_runtime_is_judged_by_the_coarser_dtype(asked, file, expected):
+    """It runs the file in the file's own."""
+    assert compare._coarser(compare.Tolerance(asked), file) == compare.Tolerance(expected)
+
+
 class Returns(nn.Module):
     def __init__(self, function):
         super().__init__()

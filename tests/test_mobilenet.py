@@ -215,6 +215,22 @@ def test_preprocess_rounds_once(dtype: torch.dtype) -> None:
     assert torch.equal(out, (image * 0.5 - 64).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_preprocess_of_16_bit_images(dtype: torch.dtype) -> None:
+    """Whose pixels and scale half precision does not hold."""
+    image = (photo(torch.int32) * 257).to(torch.uint16)
+    layer = Preprocess(Preprocessing(scale=(1 / 65535,), shift=(-0.5,))).to(dtype)
+    out = layer.to("cpu")(image)
+    assert out.dtype == dtype
+    expected = image.to(torch.int32).double() / 65535 - 0.5
+    torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_preprocess_in_double_precision() -> None:
+    layer = Preprocess(Preprocessing(scale=(1 / 255,))).double()
+    assert torch.equal(layer(photo()), photo().double() * (1 / 255))
+
+
 def test_preprocess_copies_no_channels_last_image() -> None:
     layer = Preprocess(Preprocessing(channels_last=True))
     image = photo(torch.float32).permute(0, 2, 3, 1).contiguous()

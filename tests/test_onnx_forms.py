@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime", reason="ONNX Runtime is the reference here")
 import numpy as np
 import onnx_forms
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from onnx_forms import FORMS, LOW_PRECISION, QUANTISED, Form
 from onnx_helpers import RELATIVE, relative_error, run
 from torch import nn
@@ -183,6 +183,45 @@ def test_quantised(name: str, plain_kernels: Counter) -> None:
     with torch.inference_mode():
         # Rounding activations to 8 bits, in 53 layers, costs several percent with these weights.
         assert relative_error(model(form.images), run(form.model, form.images)) < 0.2
+
+
+NO_REAL_ARITHMETIC = {
+    "cast to whole numbers": [
+        ("Cast", "pixels", "whole", {"to": TensorProto.INT32}),
+        ("Cast", "whole", "floats", {"to": TensorProto.FLOAT}),
+        ("Mul", "floats factor", "scaled", {}),
+    ],
+    "division of whole numbers": [
+        ("Cast", "pixels", "whole", {"to": TensorProto.INT32}),
+        ("Div", "whole divisor", "divided", {}),
+        ("Cast", "divided", "scaled", {"to": TensorProto.FLOAT}),
+    ],
+}
+
+
+@pytest.mark.parametrize("chain", [*NO_REAL_ARITHMETIC])
+def test_whole_numbers_before_the_stem_are_not_bent(chain: str) -> None:
+    """They round and wrap, so that no scale and shift does the same."""
+    pytest.importorskip("onnx2torch", reason="the extra `onnx` is not installed")
+    proto = onnx_forms.fresh()
+    steps, shape = NO_REAL_ARITHMETIC[chain], ["n", 3, onnx_forms.SIZE, onnx_forms.SIZE]
+    tensors = {"factor": np.float32(1 / 8), "divisor": np.int32(32)}
+    onnx_forms.prepend(proto, steps, TensorProto.FLOAT, shape, **tensors)
+    images = onnx_forms.pixels().permute(0, 3, 1, 2).float().contiguous() + 0.5
+    model = load_onnx(proto)
+    assert type(model) is not MobileNetV2
+    with torch.inference_mode():
+        assert relative_error(model(images), run(proto, images)) < RELATIVE
+
+
+def test_operators_of_other_domains_are_refused() -> None:
+    """Whatever they are called."""
+    proto = onnx_forms.fresh()
+    add = next(node for node in proto.graph.node if node.op_type == "Add")
+    add.domain = "acme"
+    proto.opset_import.append(onnx.helper.make_opsetid("acme", 1))
+    with pytest.raises(ModelError, match=r"\(Add\), opset 13, .* is of the domain 'acme'"):
+        load_onnx(proto)
 
 
 def test_nothing_is_said_of_a_float_model() -> None:

@@ -294,15 +294,15 @@ def test_dropped_activation_before_opset_11() -> None:
 
 
 @pytest.mark.parametrize(
-    "node",
+    ("node", "activation"),
     [
-        ("Add", "c c", "t"),
-        ("BatchNormalization", "c v v v v", "t"),
-        ("MatMul", "c m", "t"),
+        (("Add", "c c", "t"), "Relu"),
+        (("BatchNormalization", "c v v v v", "t"), "Clip"),
+        (("MatMul", "c m", "t"), "Clip"),
     ],
-    ids=lambda node: node[0],
+    ids=["Add", "BatchNormalization", "MatMul"],
 )
-def test_activations_are_dropped_behind_sums_and_products(node: tuple) -> None:
+def test_activations_are_dropped_behind_sums_and_products(node: tuple, activation: str) -> None:
     after = dequantise(
         small_graph(
             ("Conv", "x w", "c"),
@@ -316,7 +316,7 @@ def test_activations_are_dropped_behind_sums_and_products(node: tuple) -> None:
             m=np.ones((4, 4), np.float32),
         )
     )
-    assert operators(after) == ["Conv", node[0], "Clip"]
+    assert operators(after) == ["Conv", node[0], activation]
 
 
 @pytest.mark.parametrize(
@@ -499,3 +499,29 @@ def test_matmul_integer_to_float(static: bool) -> None:
 def test_matmul_integer_to_float_with_another_scale_is_refused() -> None:
     node = ("MatMulIntegerToFloat", "q w t ws z wz", "y", MICROSOFT)
     refused(QUANTISE, node, **COMMON, w=MATRIX, ws=np.float32(0.01), wz=np.int8(2))
+
+
+def test_positive_values_are_no_activation_among_relu6() -> None:
+    """A residual sum, and logits, that were positive in calibration."""
+    after = dequantise(
+        small_graph(
+            ("Conv", "x w", "a"),
+            ("QuantizeLinear", "a s z", "aq"),
+            ("DequantizeLinear", "aq s z", "ad"),
+            ("Conv", "ad u", "b"),
+            ("QuantizeLinear", "b s z", "bq"),
+            ("DequantizeLinear", "bq s z", "bd"),
+            ("Add", "bd bd", "c"),
+            ("QuantizeLinear", "c s z", "cq"),
+            ("DequantizeLinear", "cq s z", "cd"),
+            ("Conv", "cd u", "d"),
+            ("QuantizeLinear", "d wide z", "dq"),
+            ("DequantizeLinear", "dq wide z", "y"),
+            w=WEIGHT,
+            u=np.ones((4, 4, 1, 1), np.float32),
+            s=np.float32(6 / 255),
+            wide=np.float32(80 / 255),
+            z=np.uint8(0),
+        )
+    )
+    assert operators(after) == ["Conv", "Clip", "Conv", "Clip", "Add", "Conv"]

@@ -4,7 +4,7 @@ parameter names."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,10 +66,10 @@ class Architecture:
 
 
 class Preprocess(nn.Module):
-    """A `Preprocessing` as a layer, rounded once to the network's dtype, which is its buffers'.
+    """A `Preprocessing` as a layer, rounded to the network's dtype, which `.to()` gives it.
 
-    Equivalent: `(x * scale + shift).to(scale.dtype)`, and nothing where that is the image itself;
-    the result is (N, C, H, W), of (N, H, W, C) images in channels_last without a copy.
+    Equivalent: `(x * scale + shift).to(dtype)`, and nothing where that is the image itself; the
+    result is (N, C, H, W), of (N, H, W, C) images in channels_last without a copy.
 
     x: (N, C, H, W), or (N, H, W, C) if `channels_last`, of any dtype, such as uint8.
     """
@@ -78,17 +78,35 @@ class Preprocess(nn.Module):
         super().__init__()
         self.preprocessing = preprocessing
         self.scales = (preprocessing.scale, preprocessing.shift) != ((1.0,), (0.0,))
+        self.dtype = torch.float32
+        # Not in the state dict, which is the network's and torchvision's.
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
+        self._fill(torch.device("cpu"))
+
+    def _fill(self, device: torch.device) -> None:
+        """Make the buffers, in the network's dtype or, for images of more than 8 bits, which go by
+        their scale, at least in float32: half precision does not hold their pixels."""
+        given = self.preprocessing
+        deep = min(map(abs, given.scale)) < 1 / 300
+        dtype = torch.promote_types(self.dtype, torch.float32) if deep else self.dtype
         for name in ("scale", "shift"):
-            values = torch.tensor(getattr(preprocessing, name)).reshape(-1, 1, 1)
-            # Not in the state dict, which is the network's and torchvision's.
-            self.register_buffer(name, values, persistent=False)
+            values = torch.tensor(getattr(given, name), dtype=dtype, device=device)
+            setattr(self, name, values.reshape(-1, 1, 1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Preprocess:
+        super()._apply(fn, recurse)
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device))
+        self.dtype = like.dtype
+        self._fill(like.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         if self.preprocessing.channels_last:
             x = x.permute(0, 3, 1, 2)
         if self.scales:
             x = torch.addcmul(self.shift, x, self.scale)  # one kernel, also for uint8
-        return x.to(self.scale.dtype)
+        return x.to(self.dtype)
 
     def extra_repr(self) -> str:
         given = self.preprocessing

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from torch_mbv2.errors import ModelError, UnavailableError
-from torch_mbv2.mobilenet import MobileNetV2
+from torch_mbv2.mobilenet import MobileNetV2, Preprocessing
 
 TIMEOUT = 5.0
 """Seconds that a server has to answer before random weights are taken instead."""
@@ -68,11 +68,10 @@ def _from_onnx(path: str) -> tuple[nn.Module, ModelInfo]:
 
     loaded = load(path)
     model, dtype = loaded.module, loaded.dtype or torch.float32
-    white = None if dtype.is_floating_point else 255.0
+    white = None if dtype.is_floating_point else min(255.0, float(torch.iinfo(dtype).max))
     preprocessing = model.architecture.preprocessing if isinstance(model, MobileNetV2) else None
-    if preprocessing is not None and white is None and preprocessing.scale != (1.0,):
-        # What divides by more than 10 takes 0 to 255, what divides by a standard deviation 0 to 1.
-        white = 255.0 if max(map(abs, preprocessing.scale)) < 0.1 else 1.0
+    if preprocessing is not None and white is None:
+        white = _white(preprocessing)
     return model, ModelInfo(
         Path(path).name,
         f"the file {path}",
@@ -84,6 +83,16 @@ def _from_onnx(path: str) -> tuple[nn.Module, ModelInfo]:
         white=white,
         notes=loaded.notes,
     )
+
+
+def _white(preprocessing: Preprocessing) -> float | None:
+    """The value of a white pixel that a graph's own normalisation goes by; None if it has none."""
+    scales, shifts = (map(abs, values) for values in (preprocessing.scale, preprocessing.shift))
+    scale, shift = max(scales), max(shifts)
+    if scale == 1.0 and shift == 0.0:
+        return None
+    # A mean of pixels from 0 to 255 is about 100, their standard deviation about 60.
+    return 255.0 if scale < 0.1 or shift > 10 * scale else 1.0
 
 
 def _from_torchvision(name: str, pretrained: bool, seed: int) -> tuple[nn.Module, ModelInfo]:

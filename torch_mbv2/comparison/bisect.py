@@ -18,8 +18,9 @@ _MOST_CULPRITS = 8
 def bisect(
     stock: nn.Module, level: str, judge: Callable[[nn.Module], list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Which layers must be patched for `judge` to find differences over tolerance: what `--json`
-    calls bisect, but for what is compared.
+    """Which layers must be patched for `judge` to find differences over tolerance.
+
+    Returns what `finding` does: a sentence, the layers to blame, and how they differ.
 
     stock: of which all layers patched together are over tolerance. level: as of `patch`.
     judge: the rows of differences of a model, each with "agrees".
@@ -79,6 +80,7 @@ def finding(
     patchings: int = 0,
     rows: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
+    """What was found, as plain data; `cli.compare` says what the entries are."""
     return {
         "found": found,
         "culprits": list(culprits),

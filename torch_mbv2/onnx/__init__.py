@@ -24,8 +24,8 @@ def load_onnx(path_or_proto: str | os.PathLike[str] | bytes | onnx.ModelProto) -
     A graph that is a MobileNetV2 by its structure comes back as `MobileNetV2`, with torchvision's
     parameter names: `BatchNorm2d` where the file has it, convolutions with a bias where it is
     folded. Any other graph is converted by onnx2torch into an `fx.GraphModule`. Weights keep the
-    file's dtype. Nothing in the file is executed. A quantised model is loaded as its float
-    equivalent, with a warning that says so.
+    file's dtype, and so do the outputs of a `MobileNetV2`. Nothing in the file is executed. A
+    quantised model is loaded as its float equivalent, with a warning that says so.
 
     path_or_proto: a path (weights in a file next to it are read too), the bytes of such a file, or
         an `onnx.ModelProto`, which is left as it is.

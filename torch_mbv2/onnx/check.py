@@ -169,7 +169,7 @@ def _without_values(x: Any) -> Any:
 
 
 # Images to try where a graph leaves their size open: constants inside may imply one.
-_SIDES = (224, 32, 64, 96, 128, 160, 192, 240, 256, 299, 320, 384, 512)
+_SIDES = (224, 32, 64, 96, 128, 160, 192, 240, 256, 288, 299, 320, 384, 448, 512, 16, 8, 28, 48)
 # Elements of a tensor that one image may need: 16 GiB in float32.
 _LARGEST = 2**32
 

@@ -229,13 +229,14 @@ class _Reader:
             weight = weight.T
         bias = self.tensor(gemm.inputs[2]) if gemm.input(2) else None
         if bias is not None:
-            _require(bias.size == weight.shape[0])
+            _require(bias.shape in ((weight.shape[0],), (1, weight.shape[0])))
             bias = bias.reshape(-1)
         return weight, bias, gemm.outputs[0]
 
     def preprocessing(self, value: str) -> tuple[str, Preprocessing | None]:
         """What casts, arithmetic with constants and a transposition do to the image, in any order,
-        and the value that they compute."""
+        and the value that they compute. Whole numbers wrap and divide otherwise: they may only be
+        cast to floats."""
         chain: list[Node] = []
         start = value
         while (node := self.graph.sole_user(value)) is not None:
@@ -247,11 +248,16 @@ class _Reader:
         channels_last = axis == 3
         scale, shift = np.ones(1), np.zeros(1)
         value = start
+        kind = self.graph.inputs[0].type.tensor_type.elem_type
         for node in chain:
             if node.op == "Transpose":
                 _require(axis == 3 and node.ints("perm", ()) == (0, 3, 1, 2))
                 axis = 1
-            elif node.op != "Cast":
+            elif node.op == "Cast":
+                kind = node.attributes["to"]
+                _require(kind in _FLOATS)
+            else:
+                _require(kind in _FLOATS)
                 operand = self.channels(node, value, axis)
                 if node.op == "Mul":
                     scale, shift = scale * operand, shift * operand

@@ -24,7 +24,7 @@ from torch_mbv2.onnx.clean.layout import sink_transposes
 from torch_mbv2.onnx.clean.norms import fold_affine
 from torch_mbv2.onnx.clean.padding import explicit_padding, fold_pads, recognise_same_padding
 from torch_mbv2.onnx.clean.quantisation import dequantise
-from torch_mbv2.onnx.clean.runtime import split_fused
+from torch_mbv2.onnx.clean.runtime import refuse_other_domains, split_fused
 from torch_mbv2.onnx.graph import Graph
 
 
@@ -55,6 +55,7 @@ STEPS: tuple[Callable[[Graph], Graph], ...] = (
     split_fused,
     evaluate,
     drop_dead,
+    refuse_other_domains,
     sink_transposes,
     merge_clamps,
     fold_affine,

@@ -5,9 +5,10 @@ QLinear operators, and weights in integers with activations quantised as they co
 quantised value means in float is tracked through the graph, so that every operator works on that.
 
 Quantising also saturates, and quantisers drop a ReLU or ReLU6 that this makes superfluous. It is
-put back where a convolution, product or sum is quantised to a range that starts at exactly 0. The
-upper bound is 6 everywhere if the largest such range of the file ends there, else there is none: a
-smaller range is only what was seen in calibration.
+put back where a convolution, product or sum is quantised to a range that starts at exactly 0. It is
+ReLU6 if more such ranges, those of sums aside, end at 6 than beyond: a smaller range is only what
+was seen in calibration, and a larger one, or that of a residual sum, is then no activation, but of
+values that happened to be positive.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ _ACTIVATED = frozenset(
 
 Meaning = tuple[np.ndarray, np.ndarray]
 """The scale and the zero point of a quantised value."""
+# Of these, what has a ReLU behind it in some networks, and a ReLU6 in none.
+_SUMS = frozenset(("Add", "QLinearAdd"))
 
 
 def is_quantised(node: Node) -> bool:
@@ -116,15 +119,21 @@ class _Dequantiser:
 
     def upper_bound(self) -> float | None:
         """That of the activations that quantisation stands for: 6 or None."""
-        highest, step = 0.0, 0.0
+        votes = 0
         for node in self.graph.nodes:
             for value, scale, zero in self.quantisations(node):
-                if self.is_activated(node, value) and self.starts_at_zero(scale, zero, node):
-                    size = float(np.max(self.constant(scale, node)))
-                    high = size * self.levels(zero, node)
-                    if high > highest:
-                        highest, step = high, size
-        return 6.0 if abs(highest - 6.0) <= step else None
+                producer = self.graph.producers.get(value)
+                if producer is None or producer.op not in _ACTIVATED - _SUMS:
+                    continue
+                if self.starts_at_zero(scale, zero, node):
+                    step, high = self.range_of(scale, zero, node)
+                    votes += (abs(high - 6.0) <= step) - (high > 6.0 + step)
+        return 6.0 if votes > 0 else None
+
+    def range_of(self, scale: str, zero: str, node: Node) -> tuple[float, float]:
+        """The step and the upper end of a range that starts at 0."""
+        step = float(np.max(self.constant(scale, node)))
+        return step, step * self.levels(zero, node)
 
     def quantisations(self, node: Node) -> Iterator[tuple[str, str, str]]:
         """The float value (or, where the operator computes it, the output) that a node quantises,
@@ -136,10 +145,17 @@ class _Dequantiser:
         elif node.op == "QGemm" and node.input(7):
             yield node.outputs[0], node.input(7), node.input(8)
 
-    def is_activated(self, node: Node, value: str) -> bool:
-        """Whether an activation may have been dropped before this is quantised."""
+    def is_activated(self, node: Node, value: str, scale: str, zero: str) -> bool:
+        """Whether an activation was dropped before `value` is quantised so."""
         producer = self.graph.producers.get(value)
-        return producer is not None and producer.op in _ACTIVATED
+        if producer is None or producer.op not in _ACTIVATED:
+            return False
+        if not self.starts_at_zero(scale, zero, node):
+            return False
+        if self.upper is None:
+            return True
+        step, high = self.range_of(scale, zero, node)
+        return producer.op not in _SUMS and high <= self.upper + step
 
     def starts_at_zero(self, scale: str, zero: str, node: Node) -> bool:
         point = self.zero_point(zero, node)
@@ -270,8 +286,7 @@ class _Dequantiser:
         if source in self.tensors:
             self.tensors[output] = self.quantised(node, self.tensors[source], scale, zero, axis)
             return
-        activated = self.is_activated(node, source) and self.starts_at_zero(scale, zero, node)
-        self.activate(source, output, activated)
+        self.activate(source, output, self.is_activated(node, source, scale, zero))
         self.meaning[output] = (self.constant(scale, node), self.zero_point(zero, node))
 
     def activate(self, source: str, output: str, activated: bool) -> None:
@@ -372,7 +387,7 @@ class _Dequantiser:
             ((_, scale, zero),) = quantised
             plain = next(self.names)
             self.nodes.append(Node(op, tuple(inputs), (plain,), attributes, node.name))
-            activated = node.op in _ACTIVATED and self.starts_at_zero(scale, zero, node)
+            activated = self.is_activated(node, node.outputs[0], scale, zero)
             self.activate(plain, node.outputs[0], activated)
             self.meaning[node.outputs[0]] = (
                 self.constant(scale, node),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from torch_mbv2.errors import ModelError
-from torch_mbv2.onnx.graph import Graph, Node
+from torch_mbv2.onnx.graph import Graph, Node, quoted
 
 _DOMAIN = "com.microsoft"
 # What a fused activation's parameters are called in the operator of its own.
@@ -86,3 +86,15 @@ def _split(
             "load the file that ONNX Runtime optimised"
         )
     return tuple(nodes)
+
+
+def refuse_other_domains(graph: Graph) -> Graph:
+    """Raise ModelError for an operator that is not standard ONNX, of which nothing is known but the
+    name; no step behind this one looks at domains."""
+    for node in graph.nodes:
+        if node.domain:
+            raise ModelError(
+                f"{graph.source}: {node}, opset {graph.opset}, cannot be converted to PyTorch: it "
+                f"is of the domain {quoted(node.domain)}; export the model without that operator"
+            )
+    return graph
