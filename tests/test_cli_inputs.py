@@ -163,6 +163,16 @@ def test_quantised_model_is_noted(main, folder, tmp_path):
     assert "int8.onnx: a quantised model, loaded as its float equivalent" in err
 
 
+def test_image_of_booleans(main, tmp_path):
+    proto = export(network(), torch.zeros(1, 3, SIZE, SIZE))
+    cast = ("Cast", "pixels", "floats", {"to": TensorProto.FLOAT})
+    prepend(proto, [cast], TensorProto.BOOL, ["n", 3, SIZE, SIZE])
+    onnx.save(proto, tmp_path / "bool.onnx")
+    status, _, err = main("inspect", str(tmp_path / "bool.onnx"))
+    assert status == 2
+    assert "the model's input must be of real numbers, it is of bool" in err
+
+
 def test_image_that_is_declared_too_large(main, tmp_path):
     proto = export(network(), torch.zeros(1, 3, SIZE, SIZE))
     for axis in (2, 3):

@@ -68,6 +68,9 @@ def _from_onnx(path: str) -> tuple[nn.Module, ModelInfo]:
 
     loaded = load(path)
     model, dtype = loaded.module, loaded.dtype or torch.float32
+    if dtype is torch.bool or dtype.is_complex:
+        kind = str(dtype).removeprefix("torch.")
+        raise ModelError(f"{path}: the model's input must be of real numbers, it is of {kind}")
     white = None if dtype.is_floating_point else min(255.0, float(torch.iinfo(dtype).max))
     preprocessing = model.architecture.preprocessing if isinstance(model, MobileNetV2) else None
     if preprocessing is not None and white is None:

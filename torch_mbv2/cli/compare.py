@@ -4,9 +4,10 @@ if not, which layer is to blame.
 By default an output agrees with stock's if its error against float64, on the same rounded weights
 and images, is at most `testing.ERROR_RATIO` times stock's own, with its batch norms as they are or
 folded, whichever is the larger, and no element is over the tolerance that
-`comparison.differences` derives from the dtype; against ONNX Runtime, and layer by layer, the
-tolerance alone decides. With `--rtol` or `--atol` just these do. The exit status is 1 if any
-output, or any layer that is fed what stock's was fed, does not agree.
+`comparison.differences` derives from the dtype. Against ONNX Runtime, which runs the file in its
+own dtype, the tolerance of the coarser of the two alone decides; layer by layer, that of the dtype.
+With `--rtol` or `--atol` just these do. An output without a finite element never agrees. The exit
+status is 1 if any output, or any layer that is fed what stock's was fed, does not agree.
 
 `--json` writes
 
@@ -33,7 +34,7 @@ with differences being
 
     {"max_abs", "mean_abs", "relative_l2": ||a - b|| / ||b||, "cosine": of the elements that are
      finite on both sides, "nan", "inf": [of a, of b], "elements", "over": those over tolerance,
-     "rtol", "atol", "agrees": whether none is over}
+     "rtol", "atol", "agrees"}
 """
 
 from __future__ import annotations

@@ -17,20 +17,9 @@ from torch_mbv2.onnx.graph import Graph, Node, Shape
 # Operators of one result whose inputs are broadcast against each other.
 _ELEMENTWISE = frozenset(
     (
-        *(
-            "Abs",
-            "Add",
-            "And",
-            "Ceil",
-            "Clip",
-            "Div",
-            "Equal",
-            "Floor",
-            "Greater",
-            "GreaterOrEqual",
-        ),
-        *("Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow", "Round"),
-        *("Sqrt", "Sub", "Where"),
+        *("Abs", "Add", "And", "Ceil", "Clip", "Div", "Equal", "Floor", "Greater"),
+        *("GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not"),
+        *("Or", "Pow", "Round", "Sqrt", "Sub", "Where"),
     )
 )
 # Operators that move or convert elements; these serve weights of any size.
