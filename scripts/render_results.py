@@ -1,23 +1,40 @@
-"""Writes the tables of README.md between its markers from scripts/results/*.json, which
-`python -m torch_mbv2 bench MODEL --json FILE` and `scripts/bench_blocks.py --json FILE` make. With
---check it only says, by exit status 1, whether the README is out of date.
+"""Writes the results part of README.md, between its markers, and the pictures that it shows, from
+scripts/results/*.json, which `python -m torch_mbv2 bench MODEL --layers --json FILE` writes and
+scripts/renew_results.py renews. With --check it changes nothing, and says by exit status 1 that the
+README or a picture is not what the JSON renders to.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import re
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch_mbv2.errors import Error
+from torch_mbv2.measure import baseline, contenders, figures
+from torch_mbv2.measure.contenders import PATCHED
+
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- results -->", "<!-- /results -->"
-_FLOOR = (
-    "Of floor: the time that the GPU needs at least, to move input, output and weights once or to "
-    "multiply on tensor cores, whichever is longer, as a part of ours."
-)
+
+_ALT = {
+    "batches": "time and throughput against the batch size",
+    "layers": "time of each block, stock and patched",
+    "roofline": "FLOP/s of each layer against its FLOPs per byte, under the roof of the machine",
+}
+"""The name of a picture -> what it shows. Others of `figures.draw_all` are too large to be kept."""
+_CALLED = ("eager", "channels_last")
+"""Rivals that launch kernel by kernel at each call, as `patched` does without a CUDA graph."""
+_NONE = "\N{EN DASH}"
+_LEVELS = {
+    "block": "Each block against its stock layers",
+    "op": "Layer by layer: the patched model at level `op`, where nothing is fused into blocks",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,197 +44,339 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     parser.add_argument("--results", type=Path, default=ROOT / "scripts/results", metavar="DIR")
     args = parser.parse_args(argv)
-    files = sorted(args.results.glob("*.json"))
-    if not files:
-        print(f"render_results: no *.json in {args.results}", file=sys.stderr)
+    try:
+        return _run(args.readme, args.results, args.check)
+    except (Error, OSError) as error:
+        print(f"render_results: error: {error}", file=sys.stderr)
         return 2
-    text = args.readme.read_text(encoding="utf-8")
+
+
+def _run(readme: Path, directory: Path, check: bool) -> int:
+    files = sorted(directory.glob("*.json"))
+    results = {path: baseline.load(path, "render_results") for path in files}
+    if not results:
+        raise Error(f"{directory}: there is no *.json in it")
+    text = readme.read_text(encoding="utf-8")
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        print(f"render_results: {args.readme} needs {START} and then {END}, once", file=sys.stderr)
-        return 2
-    results = [json.loads(path.read_text("utf-8")) for path in files]
-    # GPUs first, whole networks before their blocks.
-    results.sort(key=lambda found: (found["device"] == "cpu", found["verb"] == "bench_blocks"))
-    tables = "\n\n".join(render(found) for found in results)
+        raise Error(f"{readme}: must have {START} and then {END}, once")
+    parts: list[str] = []
+    stale: list[Path] = []
+    for path, result in sorted(results.items(), key=lambda item: item[1]["device"] == "cpu"):
+        drawn = _names(result, path) if check else _draw(result, path)
+        if check:
+            stale += [picture for picture in drawn.values() if not _shows(picture, result)]
+        parts.append(render(result, {name: _link(found, readme) for name, found in drawn.items()}))
     before, rest = text.split(START)
-    after = rest.split(END)[1]
-    new = f"{before}{START}\n\n{tables}\n\n{END}{after}"
-    if args.check:
-        if new != text:
-            print(f"{args.readme} is out of date: run scripts/render_results.py", file=sys.stderr)
-        return int(new != text)
-    args.readme.write_text(new, encoding="utf-8")
-    return 0
+    new = "\n\n".join([before + START, *parts, END + rest.split(END)[1]])
+    if not check:
+        readme.write_text(new, encoding="utf-8")
+        return 0
+    stale += [readme] * (new != text)
+    for path in stale:
+        print(f"{path} is out of date: run scripts/render_results.py", file=sys.stderr)
+    return int(bool(stale))
 
 
-def render(result: dict[str, Any]) -> str:
-    """One result as Markdown: where it ran, and its tables."""
-    return _blocks(result) if result["verb"] == "bench_blocks" else _bench(result)
+# -------------------------------------------------------------------------------------- pictures
 
 
-def _bench(result: dict[str, Any]) -> str:
-    """A row for each dtype and batch size."""
-    cuda = result["device"] == "cuda"
-    mode = "graph" if cuda else "eager"
-    rows = {(r["dtype"], r["batch"], r["mode"], r["contender"]): r for r in result["rows"]}
-    lines = [
-        _heading(result),
-        "",
-        f"| dtype | batch | stock{', CUDA graph' * cuda} ms | patched{', CUDA graph' * cuda} ms "
-        "| patched img/s | ratio | ratio to plain stock eager | agrees |",
-        "|---|--:|--:|--:|--:|--:|--:|---|",
-    ]
-    for dtype, batch in dict.fromkeys(key[:2] for key in rows):
-        stock = rows[dtype, batch, mode, "stock channels_last folded"]
-        patched = rows[dtype, batch, mode, "patched"]
-        plain = rows[dtype, batch, "eager", "stock"]
-        cells = [dtype, str(batch), _time(stock), _time(patched)]
-        if "skipped" in patched:
-            cells += ["", "", "", patched["skipped"]]
-        else:
-            cells += [
-                f"{patched['images_per_s']:.0f}",
-                "" if patched["ratio"] is None else f"**{patched['ratio']:.2f}x**",
-                f"{plain['median_ms'] / patched['median_ms']:.2f}x",
-                _agreement(patched),
-            ]
-        lines.append(_line(cells))
-    return "\n".join(lines)
+def _draw(result: dict[str, Any], path: Path) -> dict[str, Path]:
+    """Draw a result's pictures beside its JSON; the files, by the names of the pictures."""
+    drawn = {name: found for name, found in figures.draw_all(result).items() if name in _ALT}
+    return dict(zip(drawn, figures.save(drawn, path.with_suffix(".png")), strict=True))
 
 
-def _heading(result: dict[str, Any]) -> str:
-    model = result["model"]
-    height, width = model["input"]
-    return (
-        f"{model['name']}, {height}x{width}, on {_where(result)} "
-        "Stock is channels_last with batch norms folded."
-    )
+def _names(result: dict[str, Any], path: Path) -> dict[str, Path]:
+    """What `_draw` returns, without a change to those files."""
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = _draw(result, Path(folder) / path.name)
+    return {name: path.with_name(picture.name) for name, picture in drawn.items()}
 
 
-def _where(result: dict[str, Any]) -> str:
-    """Machine, versions, commit, and how the times were taken."""
-    found = result["environment"]
-    if result["device"] == "cuda":
-        machine = f"{found['gpus'][0]['name']}, driver {found['driver']}"
-        versions = f"torch {found['torch']}, CUDA {found['cuda']}, cuDNN {found['cudnn']}"
-        settings = "TF32 off, cudnn.benchmark on"
-    else:
-        machine = f"{found['cpu']}, {found['threads']} threads"
-        versions, settings = f"torch {found['torch']}", "wall time"
-    return (
-        f"{machine}; {versions}; commit {_short(found['commit'])}, {result['date'][:10]}. "
-        f"Medians of {result['settings']['rounds']} interleaved rounds (quartiles); {settings}; "
-        "warm caches."
-    )
+def _shows(picture: Path, result: dict[str, Any]) -> bool:
+    return picture.is_file() and figures.digest_of_picture(picture) == figures.digest(result)
 
 
-def _blocks(result: dict[str, Any]) -> str:
-    """A table of the network, with columns for each contender, one of first calls, and, folded
-    away, one of the pieces for each dtype, with columns for each batch size."""
-    model, cuda = result["model"], result["device"] == "cuda"
-    parts = [
-        f"{model['name']}, width {model['width']:g}, {model['resolution']}x{model['resolution']}, "
-        f"on {_where(result).replace(' (quartiles)', '')} "
-        f"{'All are CUDA graphs, torch.compile its own' if cuda else 'All are eager'}; stock is "
-        "channels_last with batch norms folded."
-    ]
-    if result["network"]:
-        parts.append(_network(result))
-    if result["first_calls"]:
-        parts.append(_first_calls(result))
-    for dtype in dict.fromkeys(row["dtype"] for row in result["pieces"]):
-        summary = f"<summary>Each block against its stock layers, {dtype}</summary>"
-        parts += [f"<details>{summary}", _pieces(result, dtype), *[_FLOOR] * cuda, "</details>"]
+def _link(picture: Path, readme: Path) -> str:
+    return Path(os.path.relpath(picture, readme.parent)).as_posix()
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def render(result: dict[str, Any], pictures: Mapping[str, str]) -> str:
+    """A result of `bench` as Markdown: where and how it ran, the network against its rivals, and,
+    folded away, what each contender needs and the layers.
+
+    pictures: links to those of `figures.draw_all`, by their names.
+    """
+    shown = {name: f"![{_ALT[name]}]({link})" for name, link in pictures.items()}
+    first = [shown.pop("batches")] if "batches" in shown else []
+    parts = [_heading(result), _network(result), *_left_out(result), *first]
+    parts.append(_folded("Time, first call and memory of each contender", *_contenders(result)))
+    if shown:
+        parts.append(_folded("Pictures of the layers", *shown.values()))
+    for level, title in _LEVELS.items():
+        for dtype in _different(row["dtype"] for row in result["layers"] if row["level"] == level):
+            parts.append(_folded(f"{title}, {dtype}", *_layers(result, level, dtype)))
     return "\n\n".join(parts)
 
 
-def _pieces(result: dict[str, Any], dtype: str) -> str:
-    rows = {(r["piece"], r["batch"]): r for r in result["pieces"] if r["dtype"] == dtype}
-    totals = {r["batch"]: r for r in result["totals"] if r["dtype"] == dtype}
-    header, rule = [dtype], ["---"]
-    for batch in totals:
-        header += [f"batch {batch}: us", "stock us", "ratio", "of floor"]
-        rule += ["--:"] * 4
-    lines = [_line(header), f"|{'|'.join(rule)}|"]
-    for piece in dict.fromkeys(name for name, _ in rows):
-        cells = [piece]
-        for batch in totals:
-            row = rows[piece, batch]
-            wrong = "" if row["agrees"] else " **DISAGREES**"
-            floor = "" if row["of_floor"] is None else f"{row['of_floor']:.2f}"
-            cells += [f"{row['us']:.1f}{wrong}", f"{row['stock_us']:.1f}"]
-            cells += [f"**{row['ratio']:.2f}x**", floor]
-        lines.append(_line(cells))
-    cells = ["sum; geometric mean"]
-    for row in totals.values():
-        cells += [f"{row['us']:.1f}", f"{row['stock_us']:.1f}"]
-        cells += [f"**{row['geometric_mean']:.2f}x**", ""]
-    lines.append(_line(cells))
-    return "\n".join(lines)
+def _folded(summary: str, *parts: str) -> str:
+    # GitHub renders Markdown inside only behind an empty line, and none inside <summary>.
+    summary = re.sub(r"`(.*?)`", r"<code>\1</code>", summary)
+    return "\n\n".join([f"<details><summary>{summary}</summary>", *parts, "</details>"])
+
+
+def _heading(result: dict[str, Any]) -> str:
+    model, settings, noise = result["model"], result["settings"], result["noise"]
+    cuda = result["device"] == "cuda"
+    precision = "TF32 off, cudnn.benchmark on" if cuda else "wall time"
+    sentences = [
+        f"{_text(model['name'])}, {'x'.join(map(str, model['input']))}, on "
+        f"{_text(figures.where(result))}.",
+        f"Medians of {settings['rounds']} interleaved rounds (10 %{_NONE}90 %), each of at least "
+        f"{1e3 * settings['min_time_s']:g} ms; {precision}; caches "
+        f"{_text(settings['caches'])}.",
+    ]
+    if noise["over"]:
+        worst = "" if noise["worst"] is None else f", the worst {noise['worst']:.0%}"
+        sentences.append(
+            f"Noisy: of {noise['of']} spreads, (90 % - 10 %) / median, {noise['over']} are over "
+            f"{noise['limit']:.0%}{worst}."
+        )
+    if cuda:
+        titles = _titles(result)
+        called = " and ".join(f"`{titles[name]}`" for name in _CALLED)
+        sentences.append(
+            f"N.NNx is a rival's time over that of `{titles['patched_cudagraph']}`; of {called}, "
+            f"which launch kernel by kernel, over that of `{titles['patched']}`, which does so too."
+        )
+    else:
+        sentences.append("N.NNx is a rival's time over ours.")
+    return " ".join(sentences)
 
 
 def _network(result: dict[str, Any]) -> str:
-    rows = {(r["dtype"], r["batch"], r["contender"]): r for r in result["network"]}
-    peaks = {(r["dtype"], r["batch"], r["contender"]): r["peak_mib"] for r in result["memory"]}
-    contenders = list(dict.fromkeys(name for *_, name in rows))
-    measured = list(dict.fromkeys(name for *_, name in peaks))
-    header = ["dtype", "batch", *(f"{name}, img/s" for name in contenders)]
-    header += [f"{name}, peak MiB" for name in measured]
-    lines = [_line(header), f"|---{'|--:' * (len(header) - 1)}|"]
-    for case in dict.fromkeys(key[:2] for key in rows):
-        cells = [case[0], str(case[1])]
-        for name in contenders:
-            row = rows[(*case, name)]
-            wrong = " **DISAGREES**" if row.get("agrees") is False else ""
-            cells.append(
-                "skipped"
-                if "skipped" in row
-                else f"{row['images_per_s']:.0f} ({row['ratio']:.2f}x){wrong}"
-            )
-        cells += [f"{peaks[(*case, name)]:.1f}" for name in measured]
-        lines.append(_line(cells))
-    return "\n".join(lines)
-
-
-def _first_calls(result: dict[str, Any]) -> str:
-    """What a fresh process waits for after `import torch`, in seconds."""
-    rows = result["first_calls"]
-    lines = [
-        f"| fresh process, {rows[0]['dtype']}, one image | import, s | build and move the model | "
-        "patch, fold or compile() | first call | sum | second call |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
+    """A row for each dtype and batch size: the patched model, and its rivals as multiples."""
+    rows, titles = _by_case(result), _titles(result)
+    cuda = result["device"] == "cuda"
+    ours = PATCHED[cuda]
+    rivals = [name for name in _timed(result) if name not in PATCHED]
+    header = ["dtype", "batch", f"{titles[ours]}: ms", "img/s", *map(titles.get, rivals), "agrees"]
+    lines = []
+    for (dtype, batch), found in rows.items():
+        cells = [dtype, str(batch)]
+        row = found[ours]
         if "skipped" in row:
-            lines.append(_line([row["contender"], "skipped", *[""] * 5]))
-            continue
-        seconds = [row[key] for key in ("import_s", "load_s", "patch_s", "first_forward_s")]
-        cells = [f"{found:.2f}" for found in (*seconds, sum(seconds))]
-        lines.append(_line([row["contender"], *cells, f"{row['second_forward_s']:.4f}"]))
-    return "\n".join(lines)
+            cells += ["skipped", ""]
+        else:
+            cells += [_time(row), f"{row['images_per_s']:.0f}"]
+        for name in rivals:
+            base = "over_patched_cudagraph" if cuda and name not in _CALLED else "over_patched"
+            cells.append(_ratio(found.get(name, {}), base))
+        lines.append([*cells, _agreement(row)])
+    return _table(header, lines, words=("dtype", "agrees"))
+
+
+def _ratio(row: dict[str, Any], base: str) -> str:
+    if row.get(base) is None:
+        return _NONE
+    return f"{row[base]:.2f}x" + " (**disagrees**)" * (row["agrees"] is False)
+
+
+def _left_out(result: dict[str, Any]) -> Iterator[str]:
+    """Which rivals are not there, and why, and how to get them."""
+    titles = _titles(result)
+    missing = [
+        f"{rival['title']} ({_text(rival['missing'])})"
+        for rival in result["rivals"]
+        if rival["missing"] is not None
+    ]
+    if missing:
+        yield f"Missing on this machine: {'; '.join(missing)}."
+    reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in result["rows"]:
+        if "skipped" in row and row["contender"] not in PATCHED:
+            cases = reasons.setdefault((row["contender"], row["skipped"]), {})
+            cases.setdefault(row["dtype"], []).append(str(row["batch"]))
+    for (name, why), cases in reasons.items():
+        where = " and ".join(f"{dtype} at batch {', '.join(b)}" for dtype, b in cases.items())
+        yield f"{_NONE} {titles[name]}, {where}: {_text(why)}"
+
+
+def _contenders(result: dict[str, Any]) -> Iterator[str]:
+    """A table with a row for each dtype and batch size, a column for each contender, and what its
+    cells are."""
+    titles, names = _titles(result), _timed(result)
+    lines = []
+    for (dtype, batch), found in _by_case(result).items():
+        cells = [dtype, str(batch)]
+        for name in names:
+            row = found.get(name, {"skipped": ""})
+            if "skipped" in row:
+                cells.append(_NONE)
+                continue
+            memory = "" if row["peak_mib"] is None else f", {row['peak_mib']:.1f} MiB"
+            cells.append(f"{row['median_ms']:.3f} ms, {row['first_call_s']:.2f} s{memory}")
+        lines.append(cells)
+    yield _table(["dtype", "batch", *map(titles.get, names)], lines, words=("dtype",))
+    yield (
+        "The median of a call; the seconds from the stock model on the device to the first logits, "
+        "with all folding, patching, compiling, exporting, tuning and capturing"
+        + ("." if result["device"] == "cpu" else "; the device memory that it needs in all.")
+    )
+
+
+def _layers(result: dict[str, Any], level: str, dtype: str) -> Iterator[str]:
+    """The table of a level and dtype, with columns for each batch size, and what they are."""
+    chosen = [row for row in result["layers"] if (row["level"], row["dtype"]) == (level, dtype)]
+    rows = {(row["layer"], row["batch"]): row for row in chosen}
+    totals = {
+        row["batch"]: row
+        for row in result["layer_totals"]
+        if (row["level"], row["dtype"]) == (level, dtype)
+    }
+    batches = sorted(_different(row["batch"] for row in chosen))
+    # cudnn.benchmark means nothing on a CPU.
+    columns = ["us", "stock us", "heuristic us", "ratio", "of floor"]
+    if result["device"] == "cpu":
+        columns.remove("heuristic us")
+    header = ["layer"]
+    for batch in batches:
+        header += [f"batch {batch}: {columns[0]}", *columns[1:]]
+    header += ["GB/s", "TFLOP/s"]
+    mixed = len({row["caches"] for row in chosen}) > 1
+    lines = []
+    for layer in _different(row["layer"] for row in chosen):
+        cells = [_text(layer)]
+        for batch in batches:
+            found = _layer_cells(rows.get((layer, batch)), mixed)
+            cells += [found[name] for name in columns]
+        last = rows.get((layer, batches[-1]))
+        cells += (
+            ["", ""] if last is None else [f"{last[k]:.1f}" for k in ("gb_per_s", "tflop_per_s")]
+        )
+        lines.append(cells)
+    cells = ["sum; geometric mean"]
+    for batch in batches:
+        found = _total_cells(totals[batch])
+        cells += [found[name] for name in columns]
+    lines.append([*cells, "", ""])
+    yield _table(header, lines, words=("layer",))
+    yield _explain(result, dtype, batches[-1], {row["caches"] for row in chosen})
+
+
+def _layer_cells(row: dict[str, Any] | None, mixed: bool) -> dict[str, str]:
+    """The cells of one layer at one batch size, by the names of their columns; mixed: some layers
+    were timed with warm caches, and are to be marked."""
+    if row is None:
+        return dict.fromkeys(("us", "stock us", "heuristic us", "ratio", "of floor"), "")
+    return {
+        "us": f"{row['us']:.1f}"
+        + " (warm)" * (mixed and row["caches"] == "warm")
+        + " **DISAGREES**" * (not row["agrees"]),
+        "stock us": f"{row['stock_us']:.1f}" + " (**disagrees**)" * (not row["stock_agrees"]),
+        "heuristic us": "" if row["heuristic_us"] is None else f"{row['heuristic_us']:.1f}",
+        "ratio": f"{row['ratio']:.2f}x",
+        "of floor": f"{row['of_floor']:.2f}",
+    }
+
+
+def _total_cells(row: dict[str, Any]) -> dict[str, str]:
+    heuristic = ""
+    if row["heuristic_us"] is not None:
+        heuristic = f"{row['heuristic_us']:.1f}"
+    if row["heuristic_geometric_mean"] is not None:
+        heuristic += f" ({row['heuristic_geometric_mean']:.2f}x)"
+    return {
+        "us": f"{row['us']:.1f}",
+        "stock us": f"{row['stock_us']:.1f}",
+        "heuristic us": heuristic,
+        "ratio": f"{row['geometric_mean']:.2f}x",
+        "of floor": "",
+    }
+
+
+def _explain(result: dict[str, Any], dtype: str, largest: int, caches: set[str]) -> str:
+    """What the columns of a table of layers are."""
+    stock = "the same work by stock layers, channels_last, norms folded"
+    if result["device"] == "cuda":
+        stock += ", as CUDA graphs, cudnn.benchmark on; heuristic: cudnn.benchmark off"
+    sentences = [f"Stock: {stock}."]
+    if len(caches) > 1:
+        sentences.append("Caches are cold except where marked warm.")
+    else:
+        sentences.append(f"Caches are {''.join(caches)}.")
+    if result["ceilings"] is not None:
+        speed = result["ceilings"]["flops_per_s"].get(dtype)
+        multiply = "multiply" if speed is None else f"multiply at {1e-12 * speed:.4g} TFLOP/s"
+        sentences.append(
+            "Of floor: the time to move input, output and weights once at "
+            f"{1e-9 * result['ceilings']['bytes_per_s']:.4g} GB/s or to {multiply}, whichever is "
+            "longer, as a part of ours; both speeds were measured in this run, of a large copy and "
+            "a large matrix product."
+        )
+    sentences.append(f"GB/s and TFLOP/s are ours at batch {largest}.")
+    return " ".join(sentences)
+
+
+# ----------------------------------------------------------------------------------------- cells
+
+
+def _by_case(result: dict[str, Any]) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
+    """The rows of each contender, by dtype and batch size."""
+    cases: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        cases.setdefault((row["dtype"], row["batch"]), {})[row["contender"]] = row
+    return cases
+
+
+def _timed(result: dict[str, Any]) -> list[str]:
+    """The contenders that ran at all."""
+    return _different(row["contender"] for row in result["rows"] if "skipped" not in row)
+
+
+def _titles(result: dict[str, Any]) -> dict[str, str]:
+    return {name: _text(title) for name, title in contenders.titles(result).items()}
+
+
+def _different(values: Iterable[Any]) -> list[Any]:
+    """The different ones, in order."""
+    return list(dict.fromkeys(values))
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]], words: Sequence[str]) -> str:
+    """A table in Markdown; words: the columns that are no numbers."""
+    rule = "|".join("---" if name in words else "--:" for name in header)
+    return "\n".join([_line(header), f"|{rule}|", *map(_line, lines)])
 
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _short(commit: str | None) -> str:
-    """The first digits; "+", for files that differ from the commit, stays."""
-    return "unknown" if commit is None else commit[:9] + "+" * commit.endswith("+")
+def _text(words: str) -> str:
+    """Words of others, on one line, that Markdown shows as they are."""
+    words = " ".join(words.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[|*`\[\]]", r"\\\g<0>", words)
 
 
 def _time(row: dict[str, Any]) -> str:
-    if "skipped" in row:
-        return "skipped"
-    return f"{row['median_ms']:.3f} ({row['p25_ms']:.3f}-{row['p75_ms']:.3f})"
+    return f"{row['median_ms']:.3f} ({row['p10_ms']:.3f}{_NONE}{row['p90_ms']:.3f})"
 
 
 def _agreement(row: dict[str, Any]) -> str:
     """How far the logits are from float64, against plain stock."""
+    if "skipped" in row:
+        return f"skipped: {_text(row['skipped'])}"
     if row["relative_l2"] is None or row["error_ratio"] is None:
         return "**NO**: not finite"
     verdict = "yes" if row["agrees"] else "**NO**"
-    return f"{verdict}: error {row['relative_l2']:.1e}, {row['error_ratio']:.2f} of stock's"
+    differs = f", top-1 of {row['top1_differs']} images" if row["top1_differs"] else ""
+    return (
+        f"{verdict}: error {row['relative_l2']:.1e}, {row['error_ratio']:.2f} of stock's{differs}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_results
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -20,8 +22,10 @@ from torch import nn
 
 import torch_mbv2
 from torch_mbv2 import cli, sources
-from torch_mbv2.cli import bench, classify, compare, images, info, models, output
+from torch_mbv2.cli import classify, compare, images, info, models, output
 from torch_mbv2.errors import Error
+from torch_mbv2.measure import contenders, environment
+from torch_mbv2.measure.run import exact_settings
 
 CLASSES, SIZE = 7, 32
 
@@ -198,7 +202,7 @@ def test_what_stops_a_verb(run, monkeypatch, raised, status, message):
     assert err.count("\n") == bool(message)
 
 
-@pytest.mark.parametrize("verb", ["", "info", "classify", "bench"])
+@pytest.mark.parametrize("verb", ["", *cli.VERBS])
 def test_help(run, verb):
     status, out, err = run(*verb.split(), "--help")
     assert (status, err) == (0, "")
@@ -228,9 +232,9 @@ def test_info_json(run):
 
 
 def test_commit_of_a_copy_without_history(monkeypatch):
-    monkeypatch.setattr(info, "_stdout", lambda *command: None)
+    monkeypatch.setattr(environment, "_stdout", lambda *command: None)
     monkeypatch.setenv("TORCH_MBV2_COMMIT", "abc")
-    assert info.commit.__wrapped__() == "abc"
+    assert environment.commit.__wrapped__() == "abc"
 
 
 # --------------------------------------------------------------------------------------- classify
@@ -361,46 +365,69 @@ def test_crop_cuts_the_centre_out():
 
 
 QUICK = ("--device", "cpu", "--rounds", "3", "--min-time", "0")
+PLAIN = ("--rivals", "eager,channels_last")
+
+
+def read(path):
+    """A result, checked against the schema."""
+    found = json.loads(path.read_text())
+    jsonschema.validate(found, bench_results.SCHEMA)
+    return found
 
 
 def test_bench(run, files):
     argv = ("bench", "small.onnx", "--batches", "1,3", "--dtypes", "float32,bfloat16", *QUICK)
-    status, out, err = run(*argv, "--json", "bench.json")
-    assert (status, err) == (0, "")
+    argv = (*argv, *PLAIN)
+    status, out, _ = run(*argv, "--json", "bench.json")
+    assert status == 0
     assert "DISAGREES" not in out
     assert out.isascii()
-    result = json.loads((files / "bench.json").read_text())
+    result = read(files / "bench.json")
     assert result["command"] == f"python -m torch_mbv2 {' '.join(argv)} --json bench.json"
     assert result["agree"] is True
     assert result["model"]["input"] == [SIZE, SIZE]
     assert result["environment"]["torch"] == torch.__version__
+    assert (result["clocks"], result["ceilings"], result["layers"]) == (None, None, [])
     assert [(row["dtype"], row["batch"], row["contender"]) for row in result["rows"]] == [
         (dtype, batch, contender)
         for dtype in ("float32", "bfloat16")
         for batch in (1, 3)
-        for contender in (bench.STOCK, bench.FOLDED, bench.PATCHED)
+        for contender in ("eager", "channels_last", "patched")
     ]
     for start in range(0, len(result["rows"]), 3):
-        stock, folded, patched = result["rows"][start : start + 3]
-        assert patched["agrees"] is True
-        assert patched["p25_ms"] <= patched["median_ms"] <= patched["p75_ms"]
-        assert patched["ratio"] == pytest.approx(folded["median_ms"] / patched["median_ms"])
-        assert patched["ratio_stock"] == pytest.approx(stock["median_ms"] / patched["median_ms"])
-        assert patched["images_per_s"] == pytest.approx(
-            1e3 * patched["batch"] / patched["median_ms"]
-        )
-        assert (stock["agrees"], folded["agrees"]) == (None, None)
+        eager, folded, patched = result["rows"][start : start + 3]
+        assert (eager["agrees"], folded["agrees"], patched["agrees"]) == (None, True, True)
+        assert eager["over_patched"] == pytest.approx(eager["median_ms"] / patched["median_ms"])
+
+
+def test_bench_of_every_rival_says_what_is_missing(run, files, monkeypatch):
+    """Nothing that is asked for goes without a word; what is here is timed."""
+    monkeypatch.setattr(contenders, "_installed", lambda name: False)
+    monkeypatch.setattr(contenders, "_compile_missing", lambda device: None)
+    monkeypatch.setitem(
+        contenders.CONTENDERS,
+        "compile",
+        contenders.Contender("torch.compile", contenders._eager, contenders._here),
+    )
+    status, out, _ = run("bench", "small.onnx", "--batches", "1", *QUICK, "--json", "all.json")
+    assert status == 0
+    assert "not timed: ONNX Runtime: needs the package onnxruntime and onnx: pip install" in out
+    assert "not timed: TensorRT: needs a CUDA GPU" in out
+    result = read(files / "all.json")
+    assert [rival["name"] for rival in result["rivals"]] == list(contenders.RIVALS)
+    names = [row["contender"] for row in result["rows"]]
+    assert names == ["eager", "channels_last", "compile", "patched"]
 
 
 def test_bench_json_alone(run):
-    status, out, err = run("bench", "batch2.onnx", *QUICK, "--json")
-    assert (status, err) == (0, "")
+    status, out, _ = run("bench", "batch2.onnx", *QUICK, *PLAIN, "--json")
+    assert status == 0
     assert {row["batch"] for row in json.loads(out)["rows"]} == {2}
 
 
-def test_bench_restores_the_settings(run):
+def test_exact_settings_are_restored():
     before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
-    with bench.exact_settings():
+    with exact_settings():
         assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == (False, True)
         assert torch.get_float32_matmul_precision() == "highest"
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == before
@@ -414,60 +441,90 @@ def test_bench_shows_disagreement(run, files, monkeypatch):
         patched.classifier[1].weight.data *= 1.001
         return patched
 
-    monkeypatch.setattr(bench, "patch", wrong)
-    status, out, _ = run("bench", "small.onnx", "--batches", "2", *QUICK, "--json", "wrong.json")
+    monkeypatch.setattr(contenders, "patch", wrong)
+    argv = ("bench", "small.onnx", "--batches", "2", *QUICK, *PLAIN)
+    status, out, _ = run(*argv, "--json", "wrong.json")
     assert status == 1
-    assert re.search(r"^DISAGREES: float32, batch 2, eager: relative L2 error \d", out, re.M)
+    assert re.search(r"^DISAGREES: float32, batch 2, patched: relative L2 error \d", out, re.M)
     assert re.search(r"patched .* NO$", out, re.M)
-    result = json.loads((files / "wrong.json").read_text())
+    result = read(files / "wrong.json")
     assert result["agree"] is False
-    assert [row["agrees"] for row in result["rows"]] == [None, None, False]
+    assert [row["agrees"] for row in result["rows"]] == [None, True, False]
+
+
+def test_bench_layers(run, files):
+    argv = ("bench", "small.onnx", "--batches", "2", *QUICK, *PLAIN, "--layers")
+    status, out, _ = run(*argv, "--json", "layers.json")
+    assert status == 0
+    result = read(files / "layers.json")
+    assert {row["level"] for row in result["layers"]} == {"op", "block"}
+    assert result["ceilings"]["bytes_per_s"] > 0
+    assert len(result["layer_totals"]) == 2
+    for level in ("op", "block"):
+        assert f"layers at level {level}, float32, batch 2" in out
+
+
+def test_bench_pictures_and_page(run, files):
+    argv = ("bench", "small.onnx", "--batches", "1,2", *QUICK, *PLAIN, "--layers")
+    status, _, err = run(*argv, "--plot", "bench.png", "--report", "page")
+    assert status == 0
+    assert "wrote bench.png" in err
+    assert Image.open(files / "bench.png").width > 500
+    assert (files / "page" / "index.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_bench_against_a_baseline(run, files):
+    """The same run is no slower than itself, and twice as fast a run is something else."""
+    argv = ("bench", "small.onnx", "--batches", "1", *QUICK, *PLAIN)
+    assert run(*argv, "--json", "old.json")[0] == 0
+    old = read(files / "old.json")
+    for row in old["rows"]:
+        for key in ("median_ms", "p10_ms", "p90_ms"):
+            row[key] /= 100
+    (files / "fast.json").write_text(json.dumps(old))
+    status, _, _ = run(*argv, "--baseline", "fast.json", "--json", "new.json")
+    assert status == 1
+    assert read(files / "new.json")["baseline"]["slower"] == 1  # patched; rivals do not count
+    for row in old["rows"]:
+        for key in ("median_ms", "p10_ms", "p90_ms"):
+            row[key] *= 1e4
+    (files / "slow.json").write_text(json.dumps(old))
+    assert run(*argv, "--baseline", "slow.json")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--rivals eager,theirs", "--rivals: must be of eager, channels_last, cudagraph, compile"),
+        ("--plot nowhere/a.png", "nowhere"),
+        ("--plot a.txt", "a.txt"),
+        ("--report text.jpg", "text.jpg"),
+        ("--baseline missing.json", "missing.json: No such file"),
+        ("--baseline labels.txt", "labels.txt: must be JSON"),
+    ],
+)
+def test_bench_refuses_before_any_work(run, monkeypatch, argv, message):
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("work was done"))
+    status, out, err = run("bench", "small.onnx", *argv.split())
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.cuda
 def test_bench_on_a_gpu(run, files):
     argv = ("bench", "small.onnx", "--batches", "1,5", "--dtypes", "float32,float16")
-    status, out, _ = run(*argv, "--rounds", "3", "--min-time", "0", "--json", "gpu.json")
+    rivals = ("--rivals", "eager,channels_last,cudagraph")
+    status, out, _ = run(
+        *argv, *rivals, "--layers", "--rounds", "3", "--min-time", "0", "--json", "gpu.json"
+    )
     assert status == 0, out
-    rows = json.loads((files / "gpu.json").read_text())["rows"]
-    assert len(rows) == 2 * 2 * 6
-    assert {row["mode"] for row in rows} == {"eager", "graph"}
-    assert all(row["agrees"] in (None, True) and "skipped" not in row for row in rows)
-
-
-EXACT = torch.tensor([[1.0, 2.0, 3.0], [5.0, 4.0, 0.0]], dtype=torch.float64)
-
-
-def test_agreement_of_equals():
-    found = bench.agreement(EXACT.float(), EXACT.float(), EXACT)
-    assert found["agrees"]
-    assert found["error_ratio"] == 1
-
-
-@pytest.mark.parametrize("factor", [1.4, 1.6])
-def test_agreement_allows_an_error_of_half_as_much_again(factor):
-    error = torch.tensor([[1e-3, 0, 0], [0, -1e-3, 0]])
-    stock = EXACT.float() + error
-    found = bench.agreement(EXACT.float() + factor * error, stock, EXACT)
-    assert found["agrees"] == (factor < 1.5)
-    assert found["error_ratio"] == pytest.approx(factor, rel=1e-3)
-
-
-def test_agreement_forgives_near_ties_only():
-    exact = torch.tensor([[1.0, 1.0 + 1e-6], [0.0, 1.0]], dtype=torch.float64)
-    stock = exact.float() + torch.tensor([[0.0, 1e-4], [0.0, 1e-4]])
-    tie = bench.agreement(exact.float() + torch.tensor([[1e-4, 0.0], [0, 1e-4]]), stock, exact)
-    assert (tie["agrees"], tie["near_ties"], tie["top1_differs"]) == (True, 1, 0)
-    wrong = bench.agreement(exact.float().flip(1), stock, exact)
-    assert (wrong["agrees"], wrong["top1_differs"]) == (False, 1)
-
-
-@pytest.mark.parametrize("broken", ["patched", "stock"])
-def test_agreement_needs_finite_logits(broken):
-    bad = EXACT.float().clone()
-    bad[0, 0] = math.nan
-    pair = (bad, EXACT.float()) if broken == "patched" else (EXACT.float(), bad)
-    assert bench.agreement(*pair, EXACT)["agrees"] is False
+    result = json.loads((files / "gpu.json").read_text())
+    names = ["eager", "channels_last", "cudagraph", "patched", "patched_cudagraph"]
+    assert [row["contender"] for row in result["rows"]] == names * 4
+    assert all(row["agrees"] in (None, True) and "skipped" not in row for row in result["rows"])
+    assert all(row["peak_mib"] > 0 for row in result["rows"])
+    assert result["clocks"]["sm_mhz"] > 0
 
 
 # ----------------------------------------------------------------------------------------- output

@@ -116,7 +116,7 @@ def test_compare(main, file):
 @pytest.mark.parametrize("file", FILES)
 def test_bench(main, file):
     argv = ["--batches", "2", "--dtypes", "float32", "--rounds", "1", "--min-time", "0"]
-    status, found, _ = main("bench", file, "--device", "cpu", *argv)
+    status, found, _ = main("bench", file, "--device", "cpu", "--rivals", "channels_last", *argv)
     assert (status, found["agree"]) == (0, True)
 
 

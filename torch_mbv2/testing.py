@@ -178,8 +178,12 @@ def capture(function: Callable[[], Any], warm_up: int = 3) -> tuple[Callable[[],
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    # cuBLAS keeps its workspace from call to call. The graph gets one of its own, from its pool:
+    # what it would else share may be freed, by torch.compile say, while it still writes there.
+    torch._C._cuda_clearCublasWorkspaces()
     with torch.cuda.graph(graph, stream=stream):
         result = function()
+    torch._C._cuda_clearCublasWorkspaces()
 
     def replay() -> None:
         graph.replay()

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import torch
 
-from torch_mbv2.cli import bench, classify, compare, info, inspect, output, weights
+from torch_mbv2.cli import bench, classify, compare, info, inspect, output, profile, weights
 from torch_mbv2.errors import Error
 
 VERBS = {
@@ -26,6 +26,7 @@ VERBS = {
     "classify": classify,
     "compare": compare,
     "bench": bench,
+    "profile": profile,
     "weights": weights,
 }
 

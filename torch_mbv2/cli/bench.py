@@ -1,68 +1,44 @@
-"""`bench`: how fast a patched model is against stock PyTorch, and whether both agree.
+"""`bench`: how fast a patched model is against every other way to run it, and whether all agree.
 
-Every contender runs eager and, on a GPU, as a CUDA graph; all take turns, in one process. `--json`
-writes
-
-    {"schema": 1, "verb": "bench", "command", "date": ISO 8601 in UTC, "device": "cpu" | "cuda",
-     "environment", "kernels": as `info` writes them,
-     "settings": {"tf32", "cudnn_benchmark", "caches", "images", "rounds", "min_time_s"},
-     "model": {"name", "weights", "pretrained", "input": [H, W]},
-     "report": {"summary", "note"},
-     "agree": whether every patched row agrees,
-     "rows": [one for each dtype, batch, mode and contender]}
-
-and a row is
-
-    {"dtype", "batch", "mode": "eager" | "graph",
-     "contender": "stock" | "stock channels_last folded" | "patched",
-     "median_ms", "p25_ms", "p75_ms", "images_per_s",
-     "calls": calls that a sample is the mean of,
-     "ratio": median of stock channels_last folded in the same mode / this median,
-     "ratio_stock": median of plain stock in the same mode / this median,
-     "relative_l2", "max_abs": error of the logits against float64,
-     "error_ratio": relative_l2 / that of plain eager stock, neither taken for less than a rounding,
-     "top1_differs": images whose top-1 is not plain eager stock's, near ties aside,
-     "near_ties": images where it is not, but rounding cannot tell the classes apart,
-     "agrees": null for stock}
-
-or, where a model cannot be captured into a CUDA graph, {"dtype", "batch", "mode", "contender",
-"skipped": why}.
+The contenders of `torch_mbv2.measure.contenders` take turns in one process; with `--layers` each
+layer is timed against the same work by stock PyTorch, too. What `--json` writes is described by
+torch_mbv2/measure/bench.schema.json, a JSON Schema; `--baseline` compares with such a file.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import functools
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_mbv2 import testing
-from torch_mbv2.cli import info, models, output
+from torch_mbv2.cli import models, output
 from torch_mbv2.errors import Error
-from torch_mbv2.patch import fold_norms, patch, report
+from torch_mbv2.measure import baseline, ceilings, figures, layers, page
+from torch_mbv2.measure.contenders import CONTENDERS, PATCHED, RIVALS, Work
+from torch_mbv2.measure.environment import clocks
+from torch_mbv2.measure.network import Yardstick, bench_network
+from torch_mbv2.measure.run import exact_settings, header, noise
+from torch_mbv2.patch import patch, report
 
-HELP = "time a patched model against stock PyTorch and check that both agree"
-EXAMPLE = "bench torchvision:mobilenet_v2 --batches 1,32 --dtypes float32,float16"
-
-STOCK, FOLDED, PATCHED = "stock", "stock channels_last folded", "patched"
-EAGER, GRAPH = "eager", "graph"
+HELP = "time a patched model against stock PyTorch and other engines, and check that all agree"
+EXAMPLE = "bench torchvision:mobilenet_v2 --batches 1,32 --dtypes float32,float16 --layers"
 
 IMAGES = 32
 """Different images: every contender's logits are checked on all of them, whatever its batch size. A
 larger batch repeats them."""
 _REFERENCE_BATCH = 8
+_LAYER_SHARE = 4
+"""A sample of a layer lasts at least this part of that of a network, and there are half as many
+samples: there are some 80 layers to a network."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL and what to time."""
+    """MODEL, what to time, and what to make of it."""
     models.add_arguments(parser)
     parser.add_argument(
         "--batches",
@@ -72,15 +48,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtypes",
-        type=_dtypes,
+        type=_names(models.DTYPES),
         metavar="T,...",
         help=f"of {', '.join(models.DTYPES)}; default: float32, on a GPU float32,float16",
+    )
+    parser.add_argument(
+        "--rivals",
+        type=_names(RIVALS),
+        default=list(RIVALS),
+        metavar="R,...",
+        help=f"of {', '.join(RIVALS)}; default: all that are installed",
     )
     parser.add_argument(
         "--resolution",
         type=models.image_size,
         metavar="N",
         help="height and width; default: the model's",
+    )
+    parser.add_argument(
+        "--layers",
+        action="store_true",
+        help="time each layer and block against cuDNN and cuBLAS through stock PyTorch, too",
     )
     parser.add_argument(
         "--rounds",
@@ -95,6 +83,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.02,
         metavar="S",
         help="seconds that a sample lasts at least, by repeating the call; default: 0.02",
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="draw the times against the batch size; with --layers also FILE-layers.png and so on",
+    )
+    parser.add_argument(
+        "--report", metavar="DIR", help="write tables and pictures as one page, DIR/index.html"
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="OLD.json",
+        help="compare with a run that --json wrote: exit status 1 if something is slower now",
     )
 
 
@@ -112,19 +113,30 @@ def _batches(text: str) -> list[int]:
     return list(dict.fromkeys(models.positive(part) for part in text.split(",")))
 
 
-def _dtypes(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in models.DTYPES:
-            raise argparse.ArgumentTypeError(f"must be of {', '.join(models.DTYPES)}, got {name!r}")
-    return list(dict.fromkeys(names))
+def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """The type of an argument that lists some of the `known` names."""
+
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {name!r}")
+        return [name for name in known if name in names]
+
+    return parse
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a row for each contender; 1 if a patched model does not agree with stock.
+    """Print a row for each contender, and what else is asked for; 1 if a patched model does not
+    agree with stock, or is slower than the baseline.
 
-    `--json` writes what this file's docstring describes.
+    `--json` writes what bench.schema.json describes.
     """
+    if args.plot is not None:
+        figures.check_path(args.plot)
+    if args.report is not None:
+        page.check_directory(args.report)
+    old = None if args.baseline is None else baseline.load(args.baseline)
     device = models.device(args.device)
     model = models.load(args.model, args.resolution)
     batches = args.batches or ([1, 32] if model.batch is None else [model.batch])
@@ -134,290 +146,261 @@ def run(args: argparse.Namespace) -> int:
             f"--batches: the model takes batches of {model.batch} only; export it with a batch of "
             "any size to time others"
         )
-    result = header("bench", args.command, device, args.rounds, args.min_time)
-    rows: list[dict[str, Any]] = []
-    rounds = len(dtypes) * len(batches) * args.rounds
-    with exact_settings(), output.progress("warming up", rounds) as advance:
-        for dtype in dtypes:
-            contenders = _contenders(model.to(device, models.DTYPES[dtype]))
-            summary = report(contenders[PATCHED])
-            images = model.noise(IMAGES, models.DTYPES[dtype]).to(device)
-            layout = torch.contiguous_format if model.channels_last else torch.channels_last
-            reference = _reference(contenders[STOCK], images, model.batch)
-            for batch in batches:
-                rows += _bench(
-                    contenders,
-                    dtype,
-                    images,
-                    layout,
-                    reference,
-                    batch,
-                    args.rounds,
-                    args.min_time,
-                    advance,
-                )
+    missing = {name: CONTENDERS[name].missing(device) for name in args.rivals}
+    names = [name for name, why in missing.items() if why is None]
+    names += [name for name in PATCHED if CONTENDERS[name].missing(device) is None]
+    result = {"schema": 2, **header("bench", args.command, device)}
+    rows, layer_rows, totals, found = [], [], [], None
+    steps = len(names) + args.rounds
+    with exact_settings():
+        ceiling = None
+        if args.layers:
+            ceiling = ceilings.measure(device, [models.DTYPES[dtype] for dtype in dtypes])
+            plain = model.to(torch.device("cpu"), torch.float32)
+            steps += layers.count_layers(plain, model.noise(model.batch or 1, torch.float32))
+        with output.progress("loading", len(dtypes) * len(batches) * steps) as advance:
+            for dtype in dtypes:
+                stock = model.to(device, models.DTYPES[dtype])
+                found = report(patch(stock))
+                images = model.noise(IMAGES, models.DTYPES[dtype]).to(device)
+                yardstick = _yardstick(stock, images, model.batch)
+                for batch in batches:
+                    work = _work(stock, images, batch, model.channels_last)
+                    rows += bench_network(
+                        work,
+                        yardstick,
+                        names,
+                        rounds=args.rounds,
+                        min_time=args.min_time,
+                        on_step=advance,
+                    )
+                    if ceiling is not None:
+                        more = layers.bench_layers(
+                            stock,
+                            work.images.contiguous(memory_format=work.layout),
+                            ceiling,
+                            rounds=max(1, args.rounds // 2),
+                            min_time=args.min_time / _LAYER_SHARE,
+                            on_row=advance,
+                        )
+                        layer_rows += more[0]
+                        totals += more[1]
     result |= {
+        "clocks": clocks() if device.type == "cuda" else None,
+        "settings": {
+            "tf32": False,
+            "cudnn_benchmark": True,
+            "caches": "warm: every call reads the same input and weights",
+            "images": f"normal noise, {IMAGES} different ones",
+            "rounds": args.rounds,
+            "min_time_s": args.min_time,
+        },
+        "ceilings": None if ceiling is None else ceiling.to_dict(),
         "model": {
             "name": model.info.name,
             "weights": model.info.weights,
             "pretrained": model.info.pretrained,
             "input": list(model.size),
         },
-        "report": {"summary": summary.summary(), "note": summary.note},
-        "agree": all(row.get("agrees") is not False for row in rows),
+        "report": {"summary": found.summary(), "note": found.note},
+        "rivals": [
+            {"name": name, "title": CONTENDERS[name].title, "missing": why}
+            for name, why in missing.items()
+        ],
+        "noise": noise([*_spreads(rows, "ms", "median_ms"), *_spreads(layer_rows, "us", "us")]),
+        "agree": all(
+            row.get("agrees") is not False
+            for row in [*(row for row in rows if row["contender"] in PATCHED), *layer_rows]
+        ),
         "rows": rows,
+        "layers": layer_rows,
+        "layer_totals": totals,
     }
+    result = output.finite(result)
+    if old is not None:
+        result["baseline"] = baseline.compare(result, old, args.baseline)
     output.emit(args.json, result, lambda: _print(result))
-    return 0 if result["agree"] else 1
+    if args.plot is not None:
+        for path in figures.save(figures.draw_all(result), args.plot):
+            output.note(f"wrote {path}")
+    if args.report is not None:
+        output.note(f"wrote {page.write(result, args.report)}")
+    slower = old is not None and result["baseline"]["slower"] > 0
+    return 0 if result["agree"] and not slower else 1
 
 
-def header(
-    verb: str, command: str, device: torch.device, rounds: int, min_time: float
-) -> dict[str, Any]:
-    """How the JSON of a bench starts: what ran, where and how."""
-    return {
-        "schema": 1,
-        "verb": verb,
-        "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device.type,
-        "environment": info.environment(),
-        "kernels": info.kernels(),
-        "settings": {
-            "tf32": False,
-            "cudnn_benchmark": True,
-            "caches": "warm: every call reads the same input and weights",
-            "images": f"normal noise, {IMAGES} different ones",
-            "rounds": rounds,
-            "min_time_s": min_time,
-        },
-    }
-
-
-@contextmanager
-def exact_settings() -> Iterator[None]:
-    """Stock at its best that is still exact: cuDNN tries its algorithms, and TF32 is off."""
-    wanted = (
-        (torch.backends.cudnn, "benchmark", True),
-        (torch.backends.cudnn, "allow_tf32", False),
-        (torch.backends.cuda.matmul, "allow_tf32", False),
-    )
-    before = [getattr(owner, name) for owner, name, _ in wanted]
-    try:
-        for owner, name, value in wanted:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for (owner, name, _), value in zip(wanted, before, strict=True):
-            setattr(owner, name, value)
-
-
-# ---------------------------------------------------------------------------------------- timing
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A contender in one mode, at one batch size: what is timed, its static input, and the logits
-    of the last call, given what that returned."""
-
-    contender: str
-    mode: str
-    call: Callable[[], Any]
-    input: Tensor
-    logits: Callable[[Any], Tensor]
-
-    def check(self, images: Tensor) -> Tensor:
-        """The logits of all `images`, (N, classes) on the CPU, by the calls that are timed."""
-        batch, parts = len(self.input), []
-        for first in range(0, len(images), batch):
-            chosen = torch.arange(first, first + batch, device=images.device) % len(images)
-            self.input.copy_(images[chosen])
-            parts.append(self.logits(self.call()).cpu())
-        return torch.cat(parts)[: len(images)]
-
-
-def _contenders(stock: nn.Module) -> dict[str, nn.Module]:
-    """The stock model, the strongest form of it that needs no other library, and the patched one.
-
-    The latter two get their images in channels_last, as in a model that works in it throughout.
-    """
-    return {
-        STOCK: stock,
-        FOLDED: fold_norms(stock).to(memory_format=torch.channels_last),
-        PATCHED: patch(stock),
-    }
-
-
-def _reference(stock: nn.Module, images: Tensor, batch: int | None) -> Tensor:
-    """The logits of the same weights and images, both already rounded, in float64."""
+def _yardstick(stock: nn.Module, images: Tensor, batch: int | None) -> Yardstick:
+    """Of images that are prepared for, and mirrored so that nobody has seen them."""
+    images = images.flip(-1)
     exact = copy.deepcopy(stock).double()
-    images = images.double() if images.is_floating_point() else images
-    return models.scores(exact, images, batch or _REFERENCE_BATCH).cpu()
+    doubles = images.double() if images.is_floating_point() else images
+    batch = batch or _REFERENCE_BATCH
+    logits, expected = (
+        models.scores(module, x, batch).cpu() for module, x in ((stock, images), (exact, doubles))
+    )
+    return Yardstick(images, logits, expected)
 
 
-def _bench(
-    contenders: dict[str, nn.Module],
-    dtype: str,
-    images: Tensor,
-    layout: torch.memory_format,
-    reference: Tensor,
-    batch: int,
-    rounds: int,
-    min_time: float,
-    advance: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """The rows of one dtype and one batch size."""
-    repeat = torch.arange(batch) % len(images)
-    common = {"dtype": dtype, "batch": batch}
-    nchw = images[repeat.to(images.device)]
-    nhwc = nchw.contiguous(memory_format=layout)
-    entries: list[_Entry] = []
-    rows: list[dict[str, Any]] = []
-    try:
-        with torch.inference_mode():
-            for name, module in contenders.items():
-                x = nchw if name == STOCK else nhwc
-                models.scores(module, x)  # warms up, and complains about what is no classifier
-                call = functools.partial(module, x)
-                entries.append(_Entry(name, EAGER, call, x, lambda logits: logits))
-            for eager in list(entries) if images.is_cuda else ():
-                name = eager.contender
-                try:
-                    replay, logits = testing.capture(eager.call)
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:
-                    first = next(iter(str(error).splitlines()), type(error).__name__)
-                    why = f"cannot be captured: {first}"
-                    rows.append({**common, "mode": GRAPH, "contender": name, "skipped": why})
-                else:
-                    # A replay writes its logits to where the graph was captured.
-                    entries.append(
-                        _Entry(name, GRAPH, replay, eager.input, lambda _, logits=logits: logits)
-                    )
-            timings = testing.time_interleaved(
-                {f"{entry.mode} {entry.contender}": entry.call for entry in entries},
-                images.device,
-                rounds=rounds,
-                min_time=min_time,
-                on_round=lambda: advance(f"{dtype}, batch {batch}"),
-            )
-            found = [entry.check(images) for entry in entries]
-    except torch.OutOfMemoryError:
-        raise Error(
-            f"not enough GPU memory for batch {batch} in {dtype}: give smaller --batches"
-        ) from None
-    medians = {
-        (entry.mode, entry.contender): timing.median
-        for entry, timing in zip(entries, timings.values(), strict=True)
-    }
-    for entry, timing, logits in zip(entries, timings.values(), found, strict=True):
-        judged = agreement(logits, found[0], reference)
-        if entry.contender != PATCHED:
-            judged["agrees"] = None
-        rows.append(
-            {
-                **common,
-                "mode": entry.mode,
-                "contender": entry.contender,
-                "median_ms": 1e3 * timing.median,
-                "p25_ms": 1e3 * timing.quantile(0.25),
-                "p75_ms": 1e3 * timing.quantile(0.75),
-                "images_per_s": batch / timing.median,
-                "calls": timing.calls,
-                "ratio": medians.get((entry.mode, FOLDED), math.nan) / timing.median,
-                "ratio_stock": medians.get((entry.mode, STOCK), math.nan) / timing.median,
-                **judged,
-            }
-        )
-    return rows
+def _work(stock: nn.Module, images: Tensor, batch: int, channels_last: bool) -> Work:
+    repeat = torch.arange(batch, device=images.device) % len(images)
+    layout = torch.contiguous_format if channels_last else torch.channels_last
+    return Work(stock, images[repeat], layout)
 
 
-# ------------------------------------------------------------------------------------- agreement
-
-
-def agreement(logits: Tensor, stock: Tensor, expected: Tensor) -> dict[str, Any]:
-    """Whether logits are as good as stock PyTorch's: an error against float64 that is at most
-    `testing.ERROR_RATIO` times stock's, and the same top-1.
-
-    A top-1 may differ from stock's where the float64 logits of the two classes are closer than the
-    errors that both may have: there it is a near tie, which rounding decides.
-
-    logits, stock: (N, classes) in the dtype that is judged. expected: the same in float64.
-    """
-    ratio = testing.error_ratio(logits, stock, expected)
-    mine, theirs = (x.argmax(1, keepdim=True) for x in (logits, stock))
-    gap = (expected.gather(1, mine) - expected.gather(1, theirs)).abs()
-    differs = mine != theirs
-    near = differs & (gap <= 2 * testing.ERROR_RATIO * testing.max_abs(stock, expected))
-    wrong = int((differs & ~near).sum())
-    return {
-        "relative_l2": testing.relative_l2(logits, expected),
-        "max_abs": testing.max_abs(logits, expected),
-        "error_ratio": ratio,
-        "top1_differs": wrong,
-        "near_ties": int(near.sum()),
-        "agrees": ratio <= testing.ERROR_RATIO and wrong == 0,
-    }
+def _spreads(rows: Sequence[dict[str, Any]], unit: str, median: str) -> list[float]:
+    return [
+        (row[f"p90_{unit}"] - row[f"p10_{unit}"]) / row[median]
+        for row in rows
+        if "skipped" not in row
+    ]
 
 
 # ---------------------------------------------------------------------------------------- output
 
 
-def _print(result: dict[str, Any]) -> None:
-    found, model, summary = result["environment"], result["model"], result["report"]
-    if result["device"] == "cuda":
-        machine = (
-            f"{found['gpus'][0]['name']}, driver {found['driver']}, "
-            f"CUDA {found['cuda']}, cuDNN {found['cudnn']}"
-        )
-        clock = "CUDA events; TF32 off, cudnn.benchmark on"
+def machine(result: dict[str, Any]) -> str:
+    """Where a measurement ran, in a line."""
+    found = result["environment"]
+    if result["device"] == "cpu":
+        place = f"{found['cpu']}, {found['threads']} threads"
     else:
-        machine = f"{found['cpu']}, {found['threads']} threads"
-        clock = "wall time"
+        place = (
+            f"{found['gpus'][0]['name']}, driver {found['driver']}, CUDA {found['cuda']}, "
+            f"cuDNN {found['cudnn']}"
+        )
+    return f"{place}, torch {found['torch']}, commit {found['commit'] or 'unknown'}"
+
+
+def _print(result: dict[str, Any]) -> None:
+    model, summary, settings = result["model"], result["report"], result["settings"]
     print(f"{model['name']}, {model['weights']}, input {model['input'][0]}x{model['input'][1]}")
-    print(f"{machine}, torch {found['torch']}, commit {found['commit'] or 'unknown'}")
+    print(machine(result))
+    if result["clocks"] is not None:
+        known = {name: value for name, value in result["clocks"].items() if value is not None}
+        print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in known.items()))
+    clock = "wall time" if result["device"] == "cpu" else "CUDA events"
     print(
-        f"{clock}; warm caches; {result['settings']['rounds']} interleaved rounds; both ratios are "
-        "over rows of the same mode"
+        f"{clock}, {settings['rounds']} interleaved rounds; TF32 off, cudnn.benchmark on; "
+        f"caches {settings['caches']}"
     )
     print(f"patched: {summary['summary']}" + f"; {summary['note']}" * bool(summary["note"]))
+    for rival in result["rivals"]:
+        if rival["missing"] is not None:
+            print(f"not timed: {rival['title']}: {rival['missing']}")
     print()
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "dtype": lambda row: row["dtype"],
-        "batch": lambda row: str(row["batch"]),
-        "mode": lambda row: row["mode"],
-        "contender": lambda row: row["contender"],
-        "median ms": lambda row: f"{row['median_ms']:.3f}",
-        "25%": lambda row: f"{row['p25_ms']:.3f}",
-        "75%": lambda row: f"{row['p75_ms']:.3f}",
-        "img/s": lambda row: f"{row['images_per_s']:.0f}",
-        "vs stock": lambda row: f"{row['ratio_stock']:.2f}x",
-        "vs folded": lambda row: f"{row['ratio']:.2f}x",
-        "error": lambda row: f"{row['relative_l2']:.1e}",
-        "agrees": lambda row: {True: "yes", False: "NO", None: ""}[row["agrees"]],
-    }
-    words = ("dtype", "mode", "contender", "agrees")
-    output.print_table(
-        list(columns),
-        [
-            [render(row) for render in columns.values()]
-            for row in result["rows"]
-            if "skipped" not in row
-        ],
-        numbers=[name for name in columns if name not in words],
-    )
+    _print_table(_NETWORK, [row for row in result["rows"] if "skipped" not in row])
     for row in result["rows"]:
-        where = f"{row['dtype']}, batch {row['batch']}, {row['mode']}"
+        where = f"{row['dtype']}, batch {row['batch']}, {row['contender']}"
         if "skipped" in row:
-            print(f"skipped: {where}, {row['contender']}: {row['skipped']}")
+            print(f"skipped: {where}: {row['skipped']}")
         elif row["agrees"] is False:
             print(f"DISAGREES: {where}: {_disagreement(row)}")
+    _print_layers(result)
+    if "baseline" in result:
+        columns, rows, numbers = baseline.table(result["baseline"])
+        print()
+        output.print_table(columns, rows, numbers=numbers)
+        for sentence in result["baseline"]["comparable"]:
+            print(sentence)
+        print(baseline.summary(result["baseline"]))
+    found = result["noise"]
+    if found["over"]:
+        output.note(
+            f"the machine is noisy: {found['over']} of {found['of']} times spread over "
+            f"{found['limit']:.0%} (10 % to 90 % of the samples), up to {found['worst']:.0%}"
+        )
+
+
+_Cell = Callable[[dict[str, Any]], str]
+
+
+def _word(key: str) -> _Cell:
+    return lambda row: str(row[key])
+
+
+def _number(key: str, form: str) -> _Cell:
+    return lambda row: "" if row[key] is None else format(row[key], form)
+
+
+def _times(key: str) -> _Cell:
+    return lambda row: "" if row[key] is None else f"{row[key]:.2f}x"
+
+
+def _agrees(row: dict[str, Any]) -> str:
+    return {True: "yes", False: "NO", None: ""}[row["agrees"]]
+
+
+_WORDS = ("dtype", "contender", "agrees", "layer", "kernel", "caches", "stock agrees")
+_NETWORK: dict[str, _Cell] = {
+    "dtype": _word("dtype"),
+    "batch": _word("batch"),
+    "contender": _word("contender"),
+    "ms": _number("median_ms", ".3f"),
+    "10%": _number("p10_ms", ".3f"),
+    "90%": _number("p90_ms", ".3f"),
+    "img/s": _number("images_per_s", ".0f"),
+    "first call s": _number("first_call_s", ".2f"),
+    "peak MiB": _number("peak_mib", ".0f"),
+    "patched is": _times("over_patched"),
+    "as CUDA graph": _times("over_patched_cudagraph"),
+    "error": _number("relative_l2", ".1e"),
+    "agrees": _agrees,
+}
+_LAYERS: dict[str, _Cell] = {
+    "layer": _word("layer"),
+    "kernel": _word("kernel"),
+    "us": _number("us", ".2f"),
+    "10%": _number("p10_us", ".2f"),
+    "90%": _number("p90_us", ".2f"),
+    "stock us": _number("stock_us", ".2f"),
+    "no tuning us": _number("heuristic_us", ".2f"),
+    "ratio": _times("ratio"),
+    "no tuning": _times("heuristic_ratio"),
+    "GB/s": _number("gb_per_s", ".0f"),
+    "TFLOP/s": _number("tflop_per_s", ".2f"),
+    "of floor": _number("of_floor", ".2f"),
+    "stock of floor": _number("stock_of_floor", ".2f"),
+    "caches": _word("caches"),
+    "error": _number("relative_l2", ".1e"),
+    "stock's": _number("stock_relative_l2", ".1e"),
+    "agrees": _agrees,
+    "stock agrees": lambda row: "yes" if row["stock_agrees"] else "NO",
+}
+
+
+def _print_table(columns: dict[str, _Cell], rows: Sequence[dict[str, Any]]) -> None:
+    # A column that says nothing here (memory on a CPU, say) is left out.
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    output.print_table(
+        list(cells),
+        list(zip(*cells.values(), strict=True)),
+        numbers=[name for name in cells if name not in _WORDS],
+    )
+
+
+def _print_layers(result: dict[str, Any]) -> None:
+    """A table for each dtype, batch size and level: stock is the same work by stock PyTorch in
+    channels_last, norms folded, with cudnn.benchmark on and, "no tuning", off."""
+    for total in result["layer_totals"]:
+        case = {key: total[key] for key in ("dtype", "batch", "level")}
+        print(f"\nlayers at level {case['level']}, {case['dtype']}, batch {case['batch']}")
+        _print_table(_LAYERS, [row for row in result["layers"] if case.items() <= row.items()])
+        text = (
+            f"sum {total['us']:.1f} us, stock {total['stock_us']:.1f} us; geometric mean of the "
+            f"ratios {total['geometric_mean']:.2f}x"
+        )
+        if total["heuristic_us"] is not None:
+            text += (
+                f"; without tuning {total['heuristic_us']:.1f} us, "
+                f"{total['heuristic_geometric_mean']:.2f}x"
+            )
+        print(text)
 
 
 def _disagreement(row: dict[str, Any]) -> str:
-    if math.isnan(row["error_ratio"]):
-        return "the logits of stock or patched are not finite"
+    if row["error_ratio"] is None:
+        return "the logits are not finite, or stock's are not"
     return (
         f"relative L2 error {row['relative_l2']:.2e}, {row['error_ratio']:.2f} times "
         f"stock's (allowed {testing.ERROR_RATIO}); top-1 differs in {row['top1_differs']} images"

@@ -53,12 +53,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from torch_mbv2 import testing
-from torch_mbv2.cli import bench, models, output
 from torch_mbv2.cli import images as preprocessing
+from torch_mbv2.cli import models, output
 from torch_mbv2.comparison.bisect import bisect, finding
 from torch_mbv2.comparison.differences import Tolerance, count_layers, differences
 from torch_mbv2.comparison.layers import compare_layers
 from torch_mbv2.errors import Error, ModelError, UnavailableError
+from torch_mbv2.measure.run import exact_settings
 from torch_mbv2.patch import LEVELS, fold_norms, patch, report
 
 HELP = "compare a patched model with stock PyTorch and ONNX Runtime, layer by layer if asked"
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         rivals = [STOCK]
     images = _images(args, model)
     tolerance = _tolerance_of(args)
-    with bench.exact_settings():
+    with exact_settings():
         stock, images = model.to(device, dtype), images.to(device)
         patched = patch(stock, level=args.level)
         answers = outputs(patched, images, model.batch)

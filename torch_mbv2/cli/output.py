@@ -110,7 +110,7 @@ def check_json_path(path: str | None) -> None:
 def emit(path: str | None, data: Mapping[str, Any], show: Callable[[], None]) -> None:
     """Write `data` as JSON to the file `path`, if there is one, and call `show` to print it for
     people; or, if `path` is "-", print the JSON instead. NaN and infinities become null."""
-    text = json.dumps(_finite(data), indent=2, allow_nan=False)
+    text = json.dumps(finite(data), indent=2, allow_nan=False)
     if path == STDOUT:
         print(text)
         return
@@ -119,9 +119,10 @@ def emit(path: str | None, data: Mapping[str, Any], show: Callable[[], None]) ->
     show()
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """A copy of nested data as JSON has it: NaN and infinities are None, tuples lists."""
     if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,1 @@
+"""Measuring: whole networks and single layers against their rivals, profiles, pictures, reports."""
