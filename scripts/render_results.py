@@ -17,6 +17,7 @@ from typing import Any
 
 from torch_mbv2.errors import Error
 from torch_mbv2.measure import baseline, contenders, figures
+from torch_mbv2.measure.conditions import where
 from torch_mbv2.measure.contenders import PATCHED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,8 +29,8 @@ _ALT = {
     "roofline": "FLOP/s of each layer against its FLOPs per byte, under the roof of the machine",
 }
 """The name of a picture -> what it shows. Others of `figures.draw_all` are too large to be kept."""
-_CALLED = ("eager", "channels_last")
-"""Rivals that launch kernel by kernel at each call, as `patched` does without a CUDA graph."""
+_CALLED = ("eager", "channels_last", "compile")
+"""Rivals that are called from Python each time, as `patched` is, and are no bare CUDA graph."""
 _NONE = "\N{EN DASH}"
 _LEVELS = {
     "block": "Each block against its stock layers",
@@ -133,8 +134,7 @@ def _heading(result: dict[str, Any]) -> str:
     cuda = result["device"] == "cuda"
     precision = "TF32 off, cudnn.benchmark on" if cuda else "wall time"
     sentences = [
-        f"{_text(model['name'])}, {'x'.join(map(str, model['input']))}, on "
-        f"{_text(figures.where(result))}.",
+        f"{_text(model['name'])}, {'x'.join(map(str, model['input']))}, on {_text(where(result))}.",
         f"Medians of {settings['rounds']} interleaved rounds (10 %{_NONE}90 %), each of at least "
         f"{1e3 * settings['min_time_s']:g} ms; {precision}; caches "
         f"{_text(settings['caches'])}.",
@@ -147,10 +147,10 @@ def _heading(result: dict[str, Any]) -> str:
         )
     if cuda:
         titles = _titles(result)
-        called = " and ".join(f"`{titles[name]}`" for name in _CALLED)
+        called = ", ".join(f"`{titles[name]}`" for name in _CALLED)
         sentences.append(
-            f"N.NNx is a rival's time over that of `{titles['patched_cudagraph']}`; of {called}, "
-            f"which launch kernel by kernel, over that of `{titles['patched']}`, which does so too."
+            f"N.NNx is a rival's time over that of `{titles['patched_cudagraph']}`; of those that "
+            f"are called from Python ({called}), over that of `{titles['patched']}`, which is, too."
         )
     else:
         sentences.append("N.NNx is a rival's time over ours.")
@@ -239,9 +239,9 @@ def _layers(result: dict[str, Any], level: str, dtype: str) -> Iterator[str]:
     }
     batches = sorted(_different(row["batch"] for row in chosen))
     # cudnn.benchmark means nothing on a CPU.
-    columns = ["us", "stock us", "heuristic us", "ratio", "of floor"]
+    columns = ["us", "stock us", "untuned us", "ratio", "of floor"]
     if result["device"] == "cpu":
-        columns.remove("heuristic us")
+        columns.remove("untuned us")
     header = ["layer"]
     for batch in batches:
         header += [f"batch {batch}: {columns[0]}", *columns[1:]]
@@ -271,13 +271,13 @@ def _layer_cells(row: dict[str, Any] | None, mixed: bool) -> dict[str, str]:
     """The cells of one layer at one batch size, by the names of their columns; mixed: some layers
     were timed with warm caches, and are to be marked."""
     if row is None:
-        return dict.fromkeys(("us", "stock us", "heuristic us", "ratio", "of floor"), "")
+        return dict.fromkeys(("us", "stock us", "untuned us", "ratio", "of floor"), "")
     return {
         "us": f"{row['us']:.1f}"
         + " (warm)" * (mixed and row["caches"] == "warm")
         + " **DISAGREES**" * (not row["agrees"]),
         "stock us": f"{row['stock_us']:.1f}" + " (**disagrees**)" * (not row["stock_agrees"]),
-        "heuristic us": "" if row["heuristic_us"] is None else f"{row['heuristic_us']:.1f}",
+        "untuned us": "" if row["heuristic_us"] is None else f"{row['heuristic_us']:.1f}",
         "ratio": f"{row['ratio']:.2f}x",
         "of floor": f"{row['of_floor']:.2f}",
     }
@@ -292,7 +292,7 @@ def _total_cells(row: dict[str, Any]) -> dict[str, str]:
     return {
         "us": f"{row['us']:.1f}",
         "stock us": f"{row['stock_us']:.1f}",
-        "heuristic us": heuristic,
+        "untuned us": heuristic,
         "ratio": f"{row['geometric_mean']:.2f}x",
         "of floor": "",
     }
@@ -302,7 +302,7 @@ def _explain(result: dict[str, Any], dtype: str, largest: int, caches: set[str])
     """What the columns of a table of layers are."""
     stock = "the same work by stock layers, channels_last, norms folded"
     if result["device"] == "cuda":
-        stock += ", as CUDA graphs, cudnn.benchmark on; heuristic: cudnn.benchmark off"
+        stock += ", as CUDA graphs, cudnn.benchmark on; untuned: cudnn.benchmark off"
     sentences = [f"Stock: {stock}."]
     if len(caches) > 1:
         sentences.append("Caches are cold except where marked warm.")
@@ -315,7 +315,7 @@ def _explain(result: dict[str, Any], dtype: str, largest: int, caches: set[str])
             "Of floor: the time to move input, output and weights once at "
             f"{1e-9 * result['ceilings']['bytes_per_s']:.4g} GB/s or to {multiply}, whichever is "
             "longer, as a part of ours; both speeds were measured in this run, of a large copy and "
-            "a large matrix product."
+            f"a large matrix product{', which warm caches may beat' * ('warm' in caches)}."
         )
     sentences.append(f"GB/s and TFLOP/s are ours at batch {largest}.")
     return " ".join(sentences)

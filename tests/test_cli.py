@@ -25,7 +25,7 @@ from torch_mbv2 import cli, sources
 from torch_mbv2.cli import classify, compare, images, info, models, output
 from torch_mbv2.errors import Error
 from torch_mbv2.measure import contenders, environment
-from torch_mbv2.measure.run import exact_settings
+from torch_mbv2.measure.conditions import exact_settings
 
 CLASSES, SIZE = 7, 32
 
@@ -157,6 +157,7 @@ def test_process_whose_reader_leaves():
         ("bench maps.onnx --rounds 1", "the model's output must be scores of shape"),
         ("bench small.onnx --batches 1,0", "--batches: must be a whole number from 1 up, got '0'"),
         ("bench small.onnx --batches 1,x", "--batches: must be a whole number from 1 up, got 'x'"),
+        ("bench small.onnx --batches 99999999999", "--batches: must be at most 2147483647"),
         ("bench small.onnx --dtypes float8", "--dtypes: must be of float32, float16, bfloat16"),
         ("bench small.onnx --min-time -1", "--min-time: must be seconds from 0 up"),
         ("bench batch2.onnx --batches 1", "--batches: the model takes batches of 2 only"),
@@ -187,6 +188,7 @@ def test_no_gpu(run, monkeypatch, verb):
     [
         (KeyboardInterrupt(), 130, ""),
         (MemoryError(), 2, "torch-mbv2: error: not enough memory: give smaller images or batches"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "not enough memory: give"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (Error("two\nlines"), 2, "torch-mbv2: error: two lines"),
     ],
@@ -419,6 +421,41 @@ def test_bench_of_every_rival_says_what_is_missing(run, files, monkeypatch):
     assert names == ["eager", "channels_last", "compile", "patched"]
 
 
+class Stubborn(nn.Module):
+    """Cannot be run in channels_last, or on three images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        assert len(x) != 3, "not three"
+        return self.conv(x).view(len(x), -1)
+
+
+@pytest.mark.parametrize("flags", [(), ("--layers",)])
+def test_bench_of_a_model_that_cannot_be_patched(run, monkeypatch, flags):
+    info = sources.ModelInfo("tiny", "made in the test", True)
+    model = models.ImageModel(Stubborn().eval(), info, (8, 8), None)
+    monkeypatch.setattr(models, "load", lambda *_: model)
+    status, out, err = run("bench", "tiny", "--batches", "2", *QUICK, *PLAIN, *flags)
+    assert (status, out) == (2, "")
+    assert "error: the model cannot be run on float32 images of shape (" in err
+    assert err.count("\n") == 1
+
+
+def test_call_of_a_model_that_raises_anything():
+    with pytest.raises(Error, match=r"on float32 images of shape \(3, 3, 8, 8\): not three"):
+        models.call(Stubborn(), torch.zeros(3, 3, 8, 8))
+
+
+def test_bench_on_a_cpu_says_nothing_of_a_gpu(run):
+    status, out, _ = run("bench", "small.onnx", "--batches", "1", *QUICK, *PLAIN)
+    assert status == 0
+    assert "wall time" in out
+    assert not re.search("TF32|cudnn|CUDA events", out)
+
+
 def test_bench_json_alone(run):
     status, out, _ = run("bench", "batch2.onnx", *QUICK, *PLAIN, "--json")
     assert status == 0
@@ -498,6 +535,9 @@ def test_bench_against_a_baseline(run, files):
         ("--rivals eager,theirs", "--rivals: must be of eager, channels_last, cudagraph, compile"),
         ("--plot nowhere/a.png", "nowhere"),
         ("--plot a.txt", "a.txt"),
+        ("--json both.png --plot both.png", "--json both.png: --plot writes to this file, too"),
+        ("--json a-roofline.png --plot a.png", "a-roofline.png: --plot writes to this file, too"),
+        ("--json index.html --report .", "--json index.html: --report writes to this file, too"),
         ("--report text.jpg", "text.jpg"),
         ("--baseline missing.json", "missing.json: No such file"),
         ("--baseline labels.txt", "labels.txt: must be JSON"),

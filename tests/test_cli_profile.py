@@ -326,6 +326,12 @@ def test_no_gpu(run, monkeypatch):
     assert err == "torch-mbv2: error: --device cuda: no CUDA GPU is visible to torch\n"
 
 
+def test_json_in_the_place_of_a_trace(run):
+    status, out, err = run("--device", "cpu", "--trace", "t", "--json", "t/stock.json")
+    assert (status, out) == (2, "")
+    assert "--json t/stock.json: " in err
+
+
 @pytest.mark.parametrize("flags", [(), ("--alone", "0")])
 def test_model_that_cannot_run(run, flags):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 5))

@@ -13,7 +13,7 @@ import torch
 from torch_mbv2 import testing
 from torch_mbv2.measure import ceilings
 from torch_mbv2.measure.ceilings import Ceilings
-from torch_mbv2.measure.run import exact_settings
+from torch_mbv2.measure.conditions import exact_settings
 
 CPU = torch.device("cpu")
 
@@ -37,13 +37,13 @@ def test_bandwidth_is_of_the_order_that_numpy_copies_at(measured):
     source = np.ones(2**26, np.uint8)
     target = np.zeros_like(source)
     rate = 2 * source.nbytes / best(lambda: np.copyto(target, source))
-    assert 0.02 < measured.bytes_per_s / rate < 50
+    assert 1 / 500 < measured.bytes_per_s / rate < 500  # no unit is a thousand times another
 
 
 def test_products_are_of_the_order_that_numpy_multiplies_at(measured):
     matrix = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
     rate = 2 * 1024**3 / best(lambda: matrix @ matrix)
-    assert 0.02 < measured.flops_per_s["float32"] / rate < 50
+    assert 1 / 500 < measured.flops_per_s["float32"] / rate < 500
 
 
 def test_every_dtype_is_measured(measured):
@@ -103,9 +103,7 @@ def test_dict_is_what_the_schema_says(measured):
 
 @pytest.mark.cuda
 def test_gpu():
-    start = time.perf_counter()
     with exact_settings():
         found = ceilings.measure(torch.device("cuda"), [torch.float16, torch.float32])
-    assert time.perf_counter() - start < 10  # the first product loads its kernels
     assert found.bytes_per_s > 1e11
     assert found.flops_per_s["float16"] > found.flops_per_s["float32"]  # tensor cores

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from torch_mbv2.errors import Error, UnavailableError
-from torch_mbv2.measure import figures
+from torch_mbv2.measure import conditions, figures
 
 matplotlib = pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
 
@@ -445,14 +445,14 @@ def test_no_text_is_cut_off_or_hides_another(result, monkeypatch):
     ids=["GPU", "no clocks", "unknown clocks", "CPU"],
 )
 def test_where(result, text):
-    assert figures.where(result) == text
+    assert conditions.where(result) == text
     assert f"On {text}; " in caption(figures.draw_batches(result))
 
 
 def test_where_says_that_files_differ_from_the_commit():
     result = bench_results.result()
     result["environment"]["commit"] += "+"
-    assert "commit 012345678+," in figures.where(result)
+    assert "commit 012345678+," in conditions.where(result)
 
 
 def test_dollars_are_no_mathematics():
@@ -533,11 +533,14 @@ def test_good_path(tmp_path, name):
         ("a", "must end in one of .png, .svg, .pdf"),
         ("folder.png", "is a directory"),
         ("nowhere/a.png", "there is no directory"),
+        ("b.png", "is a directory"),
+        (f"{300 * 'c'}.png", "cannot be written: File name too long"),
     ],
 )
 def test_bad_path(tmp_path, name, why):
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(Error, match=f"--plot .*{name}: {why}"):
+    (tmp_path / "b-roofline.png").mkdir()
+    with pytest.raises(Error, match=rf"--plot .*{name[:-4]}(-roofline)?{name[-4:]}: {why}"):
         figures.check_path(str(tmp_path / name))
 
 

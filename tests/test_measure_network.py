@@ -12,12 +12,13 @@ import types
 
 import pytest
 import torch
+from torch import nn
 
 import torch_mbv2
 from torch_mbv2.measure import contenders
+from torch_mbv2.measure.conditions import noise
 from torch_mbv2.measure.contenders import CONTENDERS, PATCHED, RIVALS, Contender, Ready, Work
 from torch_mbv2.measure.network import Yardstick, agreement, bench_network
-from torch_mbv2.measure.run import noise
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TIMES = {"rounds": 2, "min_time": 0}
@@ -112,6 +113,31 @@ def test_rival_that_fails_says_why(stock, monkeypatch, error, why):
     assert rows[2]["agrees"] is True
 
 
+class Casting(nn.Module):
+    """Takes pixels, computes in the dtype of its weights, and returns float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x):
+        return self.conv(x.to(self.conv.weight.dtype)).mean((2, 3)).float()
+
+
+def test_rows_are_of_the_dtype_of_the_weights():
+    stock = Casting().eval()
+    rows = bench_network(*prepared(stock, torch.float16), ["eager", "patched"], **TIMES)
+    assert [row["dtype"] for row in rows] == ["float16", "float16"]
+
+
+def test_onnxruntime_takes_pixels(stock):
+    pytest.importorskip("onnxruntime")
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    module = Casting().eval()
+    ready = CONTENDERS["onnxruntime"].prepare(Work(module, images))
+    torch.testing.assert_close(ready.call(), module(images))
+
+
 def test_patched_model_that_fails_is_an_error(stock, monkeypatch):
     def fail(work):
         raise RuntimeError("broken")
@@ -126,7 +152,7 @@ def test_patched_model_that_fails_is_an_error(stock, monkeypatch):
 def test_on_a_gpu(stock, dtype):
     """Everything that is installed, also where the batch does not divide the images."""
     work, yardstick = prepared(stock, dtype, 2, CUDA)
-    names = [n for n in CONTENDERS if CONTENDERS[n].missing(CUDA) is None and n != "onnxruntime"]
+    names = [name for name in CONTENDERS if CONTENDERS[name].missing(CUDA) is None]
     rows = bench_network(work, yardstick, names, **TIMES)
     assert [row["contender"] for row in rows] == names
     # Roundings: in so small a network they may by chance be twice those of stock.
@@ -158,6 +184,7 @@ def test_contenders():
         "channels_last",
         "cudagraph",
         "compile",
+        "compile_cudagraph",
         "onnxruntime",
         "tensorrt",
     )
@@ -172,6 +199,8 @@ def test_contenders():
         ("cudagraph", CPU, "needs a CUDA GPU"),
         ("cudagraph", CUDA, None),
         ("compile", CUDA, "needs the package triton: pip install triton"),
+        ("compile_cudagraph", CPU, "needs a CUDA GPU"),
+        ("compile_cudagraph", CUDA, "needs the package triton: pip install triton"),
         (
             "onnxruntime",
             CPU,
@@ -245,10 +274,25 @@ def test_agreement_of_equals():
 
 @pytest.mark.parametrize("factor", [1.4, 1.6])
 def test_agreement_allows_an_error_of_half_as_much_again(factor):
-    error = torch.tensor([[1e-3, 0, 0], [0, -1e-3, 0]])
-    found = judged(EXACT.float() + factor * error, EXACT.float() + error)
+    error = torch.tensor([[1e-3, 0, 0], [0, -1e-3, 0]]).repeat(5000, 1)
+    exact = EXACT.repeat(5000, 1)
+    found = judged(exact.float() + factor * error, exact.float() + error, exact)
     assert found["agrees"] == (factor < 1.5)
     assert found["error_ratio"] == pytest.approx(factor, rel=1e-3)
+
+
+def test_agreement_of_every_place_in_a_batch():
+    """Images that are there again are compared again."""
+    logits = EXACT.float().repeat(4, 1)
+    assert judged(logits, EXACT.float())["agrees"]
+    logits[-1, 1] += 3
+    found = judged(logits, EXACT.float())
+    assert (found["agrees"], found["top1_differs"]) == (False, 1)
+
+
+def test_agreement_needs_the_dtype_of_stock():
+    """Else what computes in half would be judged by the roundings of half."""
+    assert not judged(EXACT.half(), EXACT.float())["agrees"]
 
 
 def test_agreement_forgives_near_ties_only():

@@ -298,6 +298,7 @@ def test_on_a_cpu(without_pictures, tmp_path):
     for name in ("GPU", "driver", "CUDA", "cuDNN", "packages"):
         assert facts[name] == "none"
     assert facts["ran on"] == "the CPU"
+    assert facts.keys().isdisjoint(("TF32", "cudnn.benchmark"))
     assert facts["commit"] == facts["clocks at the end"] == "unknown"
     assert facts["measured ceilings"] == "not measured"
     assert facts["kernels"] == "cannot run: no GPU"
@@ -376,11 +377,17 @@ def test_good_directory(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("file", "is not a directory"), ("nowhere/page", "there is no directory")]
+    ("name", "why"),
+    [
+        ("file", "file: is not a directory"),
+        ("nowhere/page", "nowhere/page: there is no directory"),
+        ("full", "full/index.html: is a directory"),
+    ],
 )
 def test_bad_directory(tmp_path, name, why):
     (tmp_path / "file").touch()
-    with pytest.raises(Error, match=f"--report .*{name}: {why}"):
+    (tmp_path / "full" / "index.html").mkdir(parents=True)
+    with pytest.raises(Error, match=f"--report .*{why}"):
         page.check_directory(str(tmp_path / name))
 
 

@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 import torch_mbv2
 from torch_mbv2 import testing
 from torch_mbv2.errors import ModelError
-from torch_mbv2.measure.run import exact_settings
+from torch_mbv2.measure.conditions import exact_settings
 from torch_mbv2.mobilenet import Architecture, MobileNetV2
 from torch_mbv2.onnx import load_onnx
 from torch_mbv2.patch import fold_norms

@@ -101,11 +101,12 @@ def test_rounds_and_turns():
     timings = testing.time_interleaved(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
         "cpu",
-        rounds=3,
+        rounds=8,
         min_time=0,
     )
-    assert [len(timing.samples) for timing in timings.values()] == [3, 3]
-    assert "".join(order[-6:]) == "abbaab"
+    assert [len(timing.samples) for timing in timings.values()] == [8, 8]
+    turns = ["".join(order[-32:][i : i + 4]) for i in range(0, 32, 4)]  # each call warmed up by one
+    assert set(turns) == {"aabb", "bbaa"}  # and nobody always goes first
 
 
 def test_a_sample_repeats_until_it_lasts_min_time():
@@ -159,3 +160,8 @@ def test_cuda_timer_waits_for_the_gpu():
     x = torch.randn(2048, 2048, device="cuda")
     timing = testing.time_interleaved({"mm": lambda: x @ x}, "cuda", rounds=5, min_time=1e-3)["mm"]
     assert timing.median > 2 * 2048**3 / 1e15  # no GPU does a petaflop in float32
+
+
+@pytest.mark.parametrize(("elements", "allowed"), [(10**8, 1.5), (900, 1.65), (9, 3.0), (0, 6.0)])
+def test_allowed_ratio(elements, allowed):
+    assert testing.allowed_ratio(elements) == pytest.approx(allowed, rel=1e-3)

@@ -16,7 +16,7 @@ import torch_mbv2
 from torch_mbv2 import testing
 from torch_mbv2.cli.classify import read_labels
 from torch_mbv2.cli.images import Preprocessing
-from torch_mbv2.measure.run import exact_settings
+from torch_mbv2.measure.conditions import exact_settings
 
 SHARED = Path(os.environ.get("TORCH_MBV2_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 MODEL = SHARED / "models" / "mobilenetv2_imagenet_tf.onnx"

@@ -100,10 +100,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has seen enough. Python would complain when it flushes stdout at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (MemoryError, torch.OutOfMemoryError):
-        return _fail("not enough memory: give smaller images or batches")
     except (Error, OSError) as error:
         return _fail(_one_line(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail("not enough memory: give smaller images or batches")
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    # What PyTorch cannot allocate on a CPU has no type of its own.
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(why: str) -> int:

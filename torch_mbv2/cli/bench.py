@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +21,10 @@ from torch_mbv2 import testing
 from torch_mbv2.cli import models, output
 from torch_mbv2.errors import Error
 from torch_mbv2.measure import baseline, ceilings, figures, layers, page
-from torch_mbv2.measure.contenders import CONTENDERS, PATCHED, RIVALS, Work
+from torch_mbv2.measure.conditions import exact_settings, header, noise, where
+from torch_mbv2.measure.contenders import CONTENDERS, PATCHED, RIVALS, Work, in_new_thread
 from torch_mbv2.measure.environment import clocks
 from torch_mbv2.measure.network import Yardstick, bench_network
-from torch_mbv2.measure.run import exact_settings, header, noise
 from torch_mbv2.patch import patch, report
 
 HELP = "time a patched model against stock PyTorch and other engines, and check that all agree"
@@ -134,8 +136,10 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.plot is not None:
         figures.check_path(args.plot)
+        output.check_other_targets(args.json, "--plot", figures.targets(args.plot))
     if args.report is not None:
         page.check_directory(args.report)
+        output.check_other_targets(args.json, "--report", [page.target(args.report)])
     old = None if args.baseline is None else baseline.load(args.baseline)
     device = models.device(args.device)
     model = models.load(args.model, args.resolution)
@@ -157,23 +161,26 @@ def run(args: argparse.Namespace) -> int:
         if args.layers:
             ceiling = ceilings.measure(device, [models.DTYPES[dtype] for dtype in dtypes])
             plain = model.to(torch.device("cpu"), torch.float32)
-            steps += layers.count_layers(plain, model.noise(model.batch or 1, torch.float32))
+            images = model.noise(model.batch or 1, torch.float32)
+            with models.running_on(images):
+                steps += layers.count_layers(plain, images)
         with output.progress("loading", len(dtypes) * len(batches) * steps) as advance:
             for dtype in dtypes:
                 stock = model.to(device, models.DTYPES[dtype])
                 found = report(patch(stock))
                 images = model.noise(IMAGES, models.DTYPES[dtype]).to(device)
-                yardstick = _yardstick(stock, images, model.batch)
+                yardstick = in_new_thread(functools.partial(_yardstick, stock, images, model.batch))
                 for batch in batches:
                     work = _work(stock, images, batch, model.channels_last)
-                    rows += bench_network(
-                        work,
-                        yardstick,
-                        names,
-                        rounds=args.rounds,
-                        min_time=args.min_time,
-                        on_step=advance,
-                    )
+                    with models.running_on(work.images):  # what a patched model raises
+                        rows += bench_network(
+                            work,
+                            yardstick,
+                            names,
+                            rounds=args.rounds,
+                            min_time=args.min_time,
+                            on_step=advance,
+                        )
                     if ceiling is not None:
                         more = layers.bench_layers(
                             stock,
@@ -207,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
             {"name": name, "title": CONTENDERS[name].title, "missing": why}
             for name, why in missing.items()
         ],
-        "noise": noise([*_spreads(rows, "ms", "median_ms"), *_spreads(layer_rows, "us", "us")]),
+        "noise": noise(_spreads(rows, layer_rows)),
         "agree": all(
             row.get("agrees") is not False
             for row in [*(row for row in rows if row["contender"] in PATCHED), *layer_rows]
@@ -242,46 +249,39 @@ def _yardstick(stock: nn.Module, images: Tensor, batch: int | None) -> Yardstick
 
 
 def _work(stock: nn.Module, images: Tensor, batch: int, channels_last: bool) -> Work:
-    repeat = torch.arange(batch, device=images.device) % len(images)
+    repeated = images.repeat(math.ceil(batch / len(images)), 1, 1, 1)[:batch]
     layout = torch.contiguous_format if channels_last else torch.channels_last
-    return Work(stock, images[repeat], layout)
+    return Work(stock, repeated, layout)
 
 
-def _spreads(rows: Sequence[dict[str, Any]], unit: str, median: str) -> list[float]:
-    return [
-        (row[f"p90_{unit}"] - row[f"p10_{unit}"]) / row[median]
-        for row in rows
-        if "skipped" not in row
-    ]
+def _spreads(
+    rows: Sequence[dict[str, Any]], layer_rows: Sequence[dict[str, Any]]
+) -> Iterator[float]:
+    """(90 % - 10 %) / median of everything that was timed."""
+    for row in rows:
+        if "skipped" not in row:
+            yield (row["p90_ms"] - row["p10_ms"]) / row["median_ms"]
+    for row in layer_rows:
+        for side in ("", "stock_", "heuristic_"):
+            if row[f"{side}us"] is not None:
+                yield (row[f"{side}p90_us"] - row[f"{side}p10_us"]) / row[f"{side}us"]
 
 
 # ---------------------------------------------------------------------------------------- output
 
 
-def machine(result: dict[str, Any]) -> str:
-    """Where a measurement ran, in a line."""
-    found = result["environment"]
-    if result["device"] == "cpu":
-        place = f"{found['cpu']}, {found['threads']} threads"
-    else:
-        place = (
-            f"{found['gpus'][0]['name']}, driver {found['driver']}, CUDA {found['cuda']}, "
-            f"cuDNN {found['cudnn']}"
-        )
-    return f"{place}, torch {found['torch']}, commit {found['commit'] or 'unknown'}"
-
-
 def _print(result: dict[str, Any]) -> None:
     model, summary, settings = result["model"], result["report"], result["settings"]
     print(f"{model['name']}, {model['weights']}, input {model['input'][0]}x{model['input'][1]}")
-    print(machine(result))
+    print(where(result))
     if result["clocks"] is not None:
         known = {name: value for name, value in result["clocks"].items() if value is not None}
         print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in known.items()))
-    clock = "wall time" if result["device"] == "cpu" else "CUDA events"
+    cuda = result["device"] == "cuda"
     print(
-        f"{clock}, {settings['rounds']} interleaved rounds; TF32 off, cudnn.benchmark on; "
-        f"caches {settings['caches']}"
+        f"{'CUDA events' if cuda else 'wall time'}, {settings['rounds']} interleaved rounds; "
+        + "TF32 off, cudnn.benchmark on; " * cuda
+        + f"caches {settings['caches']}"
     )
     print(f"patched: {summary['summary']}" + f"; {summary['note']}" * bool(summary["note"]))
     for rival in result["rivals"]:
@@ -290,11 +290,11 @@ def _print(result: dict[str, Any]) -> None:
     print()
     _print_table(_NETWORK, [row for row in result["rows"] if "skipped" not in row])
     for row in result["rows"]:
-        where = f"{row['dtype']}, batch {row['batch']}, {row['contender']}"
+        case = f"{row['dtype']}, batch {row['batch']}, {row['contender']}"
         if "skipped" in row:
-            print(f"skipped: {where}: {row['skipped']}")
+            print(f"skipped: {case}: {row['skipped']}")
         elif row["agrees"] is False:
-            print(f"DISAGREES: {where}: {_disagreement(row)}")
+            print(f"DISAGREES: {case}: {_disagreement(row)}")
     _print_layers(result)
     if "baseline" in result:
         columns, rows, numbers = baseline.table(result["baseline"])
@@ -353,9 +353,9 @@ _LAYERS: dict[str, _Cell] = {
     "10%": _number("p10_us", ".2f"),
     "90%": _number("p90_us", ".2f"),
     "stock us": _number("stock_us", ".2f"),
-    "no tuning us": _number("heuristic_us", ".2f"),
+    "untuned us": _number("heuristic_us", ".2f"),
     "ratio": _times("ratio"),
-    "no tuning": _times("heuristic_ratio"),
+    "untuned": _times("heuristic_ratio"),
     "GB/s": _number("gb_per_s", ".0f"),
     "TFLOP/s": _number("tflop_per_s", ".2f"),
     "of floor": _number("of_floor", ".2f"),
@@ -381,7 +381,7 @@ def _print_table(columns: dict[str, _Cell], rows: Sequence[dict[str, Any]]) -> N
 
 def _print_layers(result: dict[str, Any]) -> None:
     """A table for each dtype, batch size and level: stock is the same work by stock PyTorch in
-    channels_last, norms folded, with cudnn.benchmark on and, "no tuning", off."""
+    channels_last, norms folded, with cudnn.benchmark on and, "untuned", off."""
     for total in result["layer_totals"]:
         case = {key: total[key] for key in ("dtype", "batch", "level")}
         print(f"\nlayers at level {case['level']}, {case['dtype']}, batch {case['batch']}")
@@ -392,7 +392,7 @@ def _print_layers(result: dict[str, Any]) -> None:
         )
         if total["heuristic_us"] is not None:
             text += (
-                f"; without tuning {total['heuristic_us']:.1f} us, "
+                f"; untuned {total['heuristic_us']:.1f} us, "
                 f"{total['heuristic_geometric_mean']:.2f}x"
             )
         print(text)
@@ -403,5 +403,6 @@ def _disagreement(row: dict[str, Any]) -> str:
         return "the logits are not finite, or stock's are not"
     return (
         f"relative L2 error {row['relative_l2']:.2e}, {row['error_ratio']:.2f} times "
-        f"stock's (allowed {testing.ERROR_RATIO}); top-1 differs in {row['top1_differs']} images"
+        f"stock's (allowed {testing.ERROR_RATIO}, and what chance may add); top-1 differs in "
+        f"{row['top1_differs']} images"
     )

@@ -59,7 +59,7 @@ from torch_mbv2.comparison.bisect import bisect, finding
 from torch_mbv2.comparison.differences import Tolerance, count_layers, differences
 from torch_mbv2.comparison.layers import compare_layers
 from torch_mbv2.errors import Error, ModelError, UnavailableError
-from torch_mbv2.measure.run import exact_settings
+from torch_mbv2.measure.conditions import exact_settings
 from torch_mbv2.patch import LEVELS, fold_norms, patch, report
 
 HELP = "compare a patched model with stock PyTorch and ONNX Runtime, layer by layer if asked"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ _ONNX_DTYPES = {  # as ONNX Runtime names them
 }
 _DEFAULT_SIZE = 224
 _LARGEST = 4096  # images beyond this only exhaust the memory
+_MOST = 2**31 - 1  # of anything that is counted; their bytes still fit into 64 bits
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """The type of an argument that counts something: a whole number from 1 up."""
-    number = int(text) if text.strip().isdecimal() else 0
-    if number < 1:
+    digits = text.strip()
+    if not digits.isdecimal() or not digits.strip("0"):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
-    return number
+    if len(digits) > len(str(_MOST)) or int(digits) > _MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {_MOST}")
+    return int(digits)
 
 
 def image_size(text: str) -> int:
@@ -176,15 +181,21 @@ def fill(images: Tensor, batch: int) -> Tensor:
 
 def call(module: nn.Module, images: Tensor) -> Any:
     """`module(images)`, whatever it returns. Raises ModelError if it cannot be run on them."""
+    with running_on(images), torch.inference_mode():
+        return module(images)
+
+
+@contextmanager
+def running_on(images: Tensor) -> Iterator[None]:
+    """Around calls of a model, which may raise anything: that becomes a ModelError."""
     shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
     try:
-        with torch.inference_mode():
-            return module(images)
+        yield
     except torch.OutOfMemoryError:
         raise Error(f"not enough GPU memory for images of shape {shape}") from None
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-        if isinstance(error, Error):
-            raise
+    except (Error, MemoryError):
+        raise
+    except Exception as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
             f"the model cannot be run on {dtype} images of shape {shape}: {first}"

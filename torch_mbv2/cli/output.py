@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch_mbv2.errors import Error
+from torch_mbv2.measure.conditions import check_target
 
 STDOUT = "-"
 """The FILE of `--json` that is stdout."""
@@ -99,12 +100,16 @@ def progress(text: str, total: int) -> Iterator[Callable[[str], None]]:
 
 def check_json_path(path: str | None) -> None:
     """Raise Error now, before any work is done, if `emit` would fail later."""
+    if path not in (None, STDOUT):
+        check_target("--json", path)
+
+
+def check_other_targets(path: str | None, flag: str, targets: Iterable[Path]) -> None:
+    """Raise Error if the file of `--json` is one of those that another flag writes."""
     if path in (None, STDOUT):
         return
-    if Path(path).is_dir():
-        raise Error(f"--json {path}: is a directory")
-    if not Path(path).absolute().parent.is_dir():
-        raise Error(f"--json {path}: there is no directory {Path(path).parent}")
+    if Path(path).resolve() in (target.resolve() for target in targets):
+        raise Error(f"--json {path}: {flag} writes to this file, too")
 
 
 def emit(path: str | None, data: Mapping[str, Any], show: Callable[[], None]) -> None:

@@ -29,8 +29,8 @@ from torch_mbv2 import testing
 from torch_mbv2.cli import models, output
 from torch_mbv2.errors import Error
 from torch_mbv2.measure import profiling
+from torch_mbv2.measure.conditions import exact_settings, header, where
 from torch_mbv2.measure.layers import short_names
-from torch_mbv2.measure.run import exact_settings, header
 from torch_mbv2.patch import LEVELS, patch, report
 
 HELP = "show where the time goes, layer by layer, in a stock and a patched model"
@@ -106,6 +106,9 @@ def run(args: argparse.Namespace) -> int:
         raise Error("--json: --ncu and --alone have no results to write; leave it out")
     device = models.device(args.device if args.ncu is None else "cpu")
     traces = None if args.trace is None else _trace_directory(args.trace)
+    if traces is not None:
+        written = [traces / f"{side}.json" for side in (STOCK, PATCHED)]
+        output.check_other_targets(args.json, "--trace", written)
     model = models.load(args.model, args.resolution)
     batch = args.batch or model.batch or 1
     if model.batch not in (None, batch):
@@ -256,22 +259,20 @@ def _describe(tensors: Sequence[Tensor]) -> str:
 
 
 def _print(result: dict[str, Any], top: int | None, traces: Path | None) -> None:
-    found, model, cuda = result["environment"], result["model"], result["device"] == "cuda"
+    model, cuda = result["model"], result["device"] == "cuda"
     height, width = model["input"]
     print(
         f"{model['name']}, {model['weights']}, input {height}x{width}, {result['dtype']}, batch "
         f"{result['batch']}"
     )
-    machine = f"{found['cpu']}, {found['threads']} threads"
-    if cuda:
-        machine = f"{found['gpus'][0]['name']}, driver {found['driver']}, CUDA {found['cuda']}"
-    print(f"{machine}, torch {found['torch']}, commit {found['commit'] or 'unknown'}")
-    print(f"stock: {result['settings']['stock']}; TF32 off, cudnn.benchmark on")
+    print(where(result))
+    print(f"stock: {result['settings']['stock']}" + "; TF32 off, cudnn.benchmark on" * cuda)
     summary = result["report"]
     print(f"patched: {summary['summary']}" + f"; {summary['note']}" * bool(summary["note"]))
+    counts = " and ".join(str(result["totals"][side]["runs"]) for side in (STOCK, PATCHED))
     print(
-        f"{'GPU' if cuda else 'wall'} time of one run, means over the middle half of "
-        f"{result['iterations']} runs\n"
+        f"{'GPU' if cuda else 'wall'} time of one run, means over {counts} of "
+        f"{result['iterations']} runs: the middle half of those that launched the same\n"
     )
     what = "kernels" if cuda else "ops"
     columns = (

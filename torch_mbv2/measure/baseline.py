@@ -12,6 +12,7 @@ their times differ by up to 20 % between two runs of the same code.
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -61,7 +62,9 @@ def load(path: str | Path, needed_by: str = "--baseline") -> dict[str, Any]:
     except UnicodeDecodeError:
         raise Error(f"{path}: must be JSON that bench wrote, and is no text in UTF-8") from None
     try:
-        found = json.loads(text, parse_constant=_no_constant)
+        found = json.loads(
+            text, parse_constant=_no_constant, parse_float=_number, parse_int=_number
+        )
     except (ValueError, RecursionError) as error:
         raise Error(f"{path}: must be JSON that bench wrote, and is not JSON: {error}") from None
     schema = json.loads(_SCHEMA.read_text("utf-8"))
@@ -76,6 +79,13 @@ def load(path: str | Path, needed_by: str = "--baseline") -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]}... is too large a number")
+    return int(text) if text.lstrip("-").isdigit() else number
 
 
 def _check_origin(found: Any, path: str | Path, known: int) -> None:
@@ -140,8 +150,14 @@ def compare(new: dict[str, Any], old: dict[str, Any], path: str | None = None) -
     path: where the older one was read.
 
     Returns what bench.schema.json calls "baseline". Its "slower" is above 0 if the comparison
-    failed. Raises Error if no row is in both.
+    failed. Raises Error for another model, input or device, and if no row is in both.
     """
+    for name, read in _MUST_BE_ALIKE.items():
+        if read(new) != read(old):
+            raise Error(
+                f"the runs cannot be compared: {name} is {read(new)} now and {read(old)} in "
+                f"{path or 'the old one'}"
+            )
     rows: list[dict[str, Any]] = []
     only_new: list[str] = []
     only_old: list[str] = []
@@ -215,8 +231,12 @@ def _on_gpu(found: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]]
     return lambda result: found(result) if result["device"] == "cuda" else None
 
 
-_CONDITIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+_MUST_BE_ALIKE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "device": lambda result: result["device"],
+    "model": lambda result: result["model"]["name"],
+    "input": lambda result: "x".join(map(str, result["model"]["input"])),
+}
+_CONDITIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "GPU": _on_gpu(lambda result: next((g["name"] for g in result["environment"]["gpus"]), None)),
     "driver": _on_gpu(lambda result: result["environment"]["driver"]),
     "CUDA": _on_gpu(lambda result: result["environment"]["cuda"]),
@@ -225,8 +245,6 @@ _CONDITIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "CPU": lambda result: result["environment"]["cpu"],
     "threads": lambda result: result["environment"]["threads"],
     "torch": lambda result: result["environment"]["torch"],
-    "model": lambda result: result["model"]["name"],
-    "input": lambda result: "x".join(map(str, result["model"]["input"])),
     "caches": lambda result: result["settings"]["caches"],
     "images": lambda result: result["settings"]["images"],
     "rounds": lambda result: result["settings"]["rounds"],

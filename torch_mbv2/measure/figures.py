@@ -24,6 +24,8 @@ import numpy as np
 from PIL import Image
 
 from torch_mbv2.errors import Error, UnavailableError
+from torch_mbv2.measure import conditions
+from torch_mbv2.measure.conditions import check_target
 from torch_mbv2.measure.contenders import titles
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ STYLES = {
     "channels_last": Style("#56B4E9", "D", "--", "///"),
     "cudagraph": Style("#0072B2", "^", "-.", "\\\\\\"),
     "compile": Style("#009E73", "v", (0, (5, 1)), "xxx"),
+    "compile_cudagraph": Style("#117733", "<", (0, (8, 2, 2, 2)), "||"),
     "onnxruntime": Style("#E69F00", "P", (0, (3, 1, 1, 1)), "+++"),
     "tensorrt": Style("#CC79A7", ">", (0, (1, 1)), "ooo"),
     "patched": Style("#000000", "*", (0, (5, 4)), "---"),
@@ -127,11 +130,19 @@ def check_path(path: str) -> None:
     """Raise Error now, before any work is done, if drawing for `--plot path` would fail later."""
     if Path(path).suffix.lower() not in _METADATA:
         raise Error(f"--plot {path}: must end in one of {', '.join(_METADATA)}")
-    if Path(path).is_dir():
-        raise Error(f"--plot {path}: is a directory")
-    if not Path(path).absolute().parent.is_dir():
-        raise Error(f"--plot {path}: there is no directory {Path(path).parent}")
+    for target in targets(path):
+        check_target("--plot", target)
     require_matplotlib("--plot")
+
+
+def targets(path: str | Path) -> list[Path]:
+    """The files that `save` may write to."""
+    return [_target(path, name) for name in ("batches", *LEVELS.values(), "roofline")]
+
+
+def _target(path: str | Path, name: str) -> Path:
+    path = Path(path)
+    return path if name == "batches" else path.with_name(f"{path.stem}-{name}{path.suffix}")
 
 
 def require_matplotlib(purpose: str) -> None:
@@ -149,8 +160,7 @@ def save(figures: Mapping[str, Figure], path: str | Path) -> list[Path]:
     path = Path(path)
     paths = []
     for name, figure in figures.items():
-        suffix = "" if name == "batches" else f"-{name}"
-        paths.append(path.with_name(f"{path.stem}{suffix}{path.suffix}"))
+        paths.append(_target(path, name))
         _write(figure, paths[-1], path.suffix.lower())
     return paths
 
@@ -160,26 +170,6 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     _write(figure, buffer, ".png")
     return buffer.getvalue()
-
-
-def where(result: Result) -> str:
-    """The machine, its clocks, the versions, the commit and the day, in one line."""
-    found = result["environment"]
-    if result["device"] == "cuda":
-        clock = (result["clocks"] or {"sm_mhz": None})["sm_mhz"]
-        at = "" if clock is None else f" at {clock:.0f} MHz"
-        parts = [
-            f"{found['gpus'][0]['name']}{at}, driver {found['driver'] or 'unknown'}",
-            f"torch {found['torch']}, CUDA {found['cuda']}, cuDNN {found['cudnn']}",
-        ]
-    else:
-        parts = [f"{found['cpu']}, {found['threads']} threads", f"torch {found['torch']}"]
-    return "; ".join([*parts, f"commit {_short(found['commit'])}, {result['date'][:10]}"])
-
-
-def _short(commit: str | None) -> str:
-    """The first digits; "+", for files that differ from the commit, stays."""
-    return "unknown" if commit is None else commit[:9] + "+" * commit.endswith("+")
 
 
 def _write(figure: Figure, target: Path | BinaryIO, suffix: str) -> None:
@@ -603,7 +593,7 @@ def _finish(
     title = f"{_clip(model['name'], 60)}, {'x'.join(map(str, model['input']))}: {title}"
     title = textwrap.fill(title, _TITLE_LETTERS)
     precision = "TF32 off, cudnn.benchmark on" if result["device"] == "cuda" else "wall time"
-    text = textwrap.wrap(f"On {where(result)}; {precision}. {caption}", _CAPTION_LETTERS)
+    text = textwrap.wrap(f"On {conditions.where(result)}; {precision}. {caption}", _CAPTION_LETTERS)
     figure.supxlabel("\n".join(text), x=0.01, ha="left", fontsize=7, color="#333333")
     lines = 1 + title.count("\n")
     if handles:

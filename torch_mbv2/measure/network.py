@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ def bench_network(
     A contender that fails has a row that says why, except for the patched model: what that raises,
     this does.
     """
-    dtype, batch = _dtype(yardstick), len(work.images)
+    dtype, batch = _dtype(work, yardstick), len(work.images)
     common = {"dtype": dtype, "batch": batch}
     where = f"{dtype}, batch {batch}"
     ready: dict[str, Ready] = {}
@@ -59,15 +59,13 @@ def bench_network(
     for name in names:
         on_step(f"{where}: preparing {name}")
         try:
-            ready[name], facts[name] = _prepare(name, work)
+            ready[name], facts[name] = _prepare(name, work, yardstick)
         except Exception as error:  # what others have written may raise anything
             if name == "patched":
                 raise
             facts[name] = {"skipped": _first_line(error)}
             _free()
-    # Nothing is compiled any more: here it would be without the settings of the preparation.
-    fixed = torch.compiler.set_stance("fail_on_recompile") if "compile" in ready else nullcontext()
-    with fixed:
+    with _fixed(ready):
         timings = testing.time_interleaved(
             {name: contender.call for name, contender in ready.items()},
             work.images.device,
@@ -75,10 +73,6 @@ def bench_network(
             min_time=min_time,
             on_round=lambda: on_step(where),
         )
-        judged = {
-            name: agreement(logits(contender, yardstick.images), yardstick)
-            for name, contender in ready.items()
-        }
     medians = {name: timing.median for name, timing in timings.items()}
     rows = []
     for name in names:
@@ -97,20 +91,17 @@ def bench_network(
                 "images_per_s": batch / timing.median,
                 **facts[name],
                 **{f"over_{p}": timing.median / medians.get(p, math.nan) for p in PATCHED},
-                **judged[name],
             }
         )
-        if name == "eager":
-            rows[-1]["agrees"] = None
-    if "compile" in ready:
+    if _is_compiled(ready):
         torch.compiler.reset()
     ready.clear()
     _free()
     return rows
 
 
-def _prepare(name: str, work: Work) -> tuple[Ready, dict[str, Any]]:
-    """A contender whose first call is done, and what that took."""
+def _prepare(name: str, work: Work, yardstick: Yardstick) -> tuple[Ready, dict[str, Any]]:
+    """A contender whose first call is done, what that took, and whether its logits are right."""
     cuda = work.images.is_cuda
     if cuda:
         _free()
@@ -120,7 +111,7 @@ def _prepare(name: str, work: Work) -> tuple[Ready, dict[str, Any]]:
     ready.call()
     if cuda:
         torch.cuda.synchronize()
-    facts = {"first_call_s": time.perf_counter() - start, "peak_mib": None}
+    facts: dict[str, Any] = {"first_call_s": time.perf_counter() - start, "peak_mib": None}
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         ready.call()
@@ -130,29 +121,47 @@ def _prepare(name: str, work: Work) -> tuple[Ready, dict[str, Any]]:
             _free()
             taken = free - torch.cuda.mem_get_info()[0]
         facts["peak_mib"] = taken / 2**20
+    with _fixed([name]):
+        facts |= agreement(logits(ready, yardstick.images), yardstick)
+    if name == "eager":
+        facts["agrees"] = None
     return ready, facts
 
 
+def _fixed(names: Iterable[str]) -> AbstractContextManager[Any]:
+    """Where nothing is compiled any more: it would be without the settings of the preparation."""
+    if not _is_compiled(names):
+        return nullcontext()
+    return torch.compiler.set_stance("fail_on_recompile")
+
+
+def _is_compiled(names: Iterable[str]) -> bool:
+    return any(name.startswith("compile") for name in names)
+
+
 def logits(ready: Ready, images: Tensor) -> Tensor:
-    """The logits of all `images`, (N, classes) on the CPU, by the calls that are timed."""
+    """The logits of `images`, again from the first where they do not fill the last batch, by the
+    calls that are timed: (N, classes) on the CPU, N at least the number of images."""
     batch, parts = len(ready.input), []
     for first in range(0, len(images), batch):
         chosen = torch.arange(first, first + batch, device=images.device) % len(images)
         ready.input.copy_(images[chosen])
         parts.append(ready.call().cpu().clone())
-    return torch.cat(parts)[: len(images)]
+    return torch.cat(parts)
 
 
 def agreement(logits: Tensor, yardstick: Yardstick) -> dict[str, Any]:
     """Whether logits are as good as stock PyTorch's: an error against float64 that is at most
-    `testing.ERROR_RATIO` times stock's, and the same top-1.
+    `testing.allowed_ratio` times stock's, and the same top-1.
 
     A top-1 may differ from stock's where the float64 logits of the two classes are closer than the
     errors that both may have: there it is a near tie, which rounding decides.
 
-    logits: (N, classes), of the yardstick's images, in the dtype that is judged.
+    logits: (N, classes), of the yardstick's images, as often as there are N, in stock's dtype: what
+    computes in another one does not agree.
     """
-    stock, exact = yardstick.stock, yardstick.exact
+    again = torch.arange(len(logits)) % len(yardstick.stock)
+    stock, exact = yardstick.stock[again], yardstick.exact[again]
     ratio = testing.error_ratio(logits, stock, exact)
     mine, theirs = (x.argmax(1, keepdim=True) for x in (logits, stock))
     gap = (exact.gather(1, mine) - exact.gather(1, theirs)).abs()
@@ -165,12 +174,16 @@ def agreement(logits: Tensor, yardstick: Yardstick) -> dict[str, Any]:
         "error_ratio": ratio,
         "top1_differs": wrong,
         "near_ties": int(near.sum()),
-        "agrees": ratio <= testing.ERROR_RATIO and wrong == 0,
+        "agrees": ratio <= testing.allowed_ratio(yardstick.stock.numel())
+        and wrong == 0
+        and logits.dtype == stock.dtype,
     }
 
 
-def _dtype(yardstick: Yardstick) -> str:
-    return str(yardstick.stock.dtype).removeprefix("torch.")
+def _dtype(work: Work, yardstick: Yardstick) -> str:
+    """That of the weights: a model may cast its logits."""
+    weights = (p.dtype for p in work.stock.parameters() if p.is_floating_point())
+    return str(next(weights, yardstick.stock.dtype)).removeprefix("torch.")
 
 
 def _first_line(error: Exception) -> str:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from torch_mbv2.errors import Error
 from torch_mbv2.measure import baseline, figures
+from torch_mbv2.measure.conditions import check_target, where
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -52,9 +51,13 @@ def check_directory(path: str) -> None:
     """Raise Error now, before any work is done, if `write` for `--report path` would fail later."""
     if Path(path).exists() and not Path(path).is_dir():
         raise Error(f"--report {path}: is not a directory")
-    if not Path(path).absolute().parent.is_dir():
-        raise Error(f"--report {path}: there is no directory {Path(path).parent}")
+    check_target("--report", target(path) if Path(path).is_dir() else path)
     figures.require_matplotlib("--report")
+
+
+def target(directory: str | Path) -> Path:
+    """The file that `write` writes to."""
+    return Path(directory) / "index.html"
 
 
 def write(result: Result, directory: str | Path) -> Path:
@@ -64,13 +67,15 @@ def write(result: Result, directory: str | Path) -> Path:
     result: as bench.schema.json has it. Raises UnavailableError if matplotlib is not installed.
     """
     text = _render(result)
-    path = Path(directory) / "index.html"
+    path = target(directory)
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
 
 def _render(result: Result) -> str:
+    import jinja2  # only who asks for a page waits for it
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -84,7 +89,7 @@ def _render(result: Result) -> str:
     }
     return environment.get_template("page.html.j2").render(
         result=result,
-        where=figures.where(result),
+        where=where(result),
         facts=_facts(result),
         pictures=pictures,
         rivals=_rivals(result),
@@ -125,13 +130,20 @@ def _facts(result: Result) -> dict[str, str]:
         "commit": found["commit"] or "unknown",
         "date": result["date"],
         "command": result["command"],
-        "TF32": _on(settings["tf32"]),
-        "cudnn.benchmark": _on(settings["cudnn_benchmark"]),
+        **_settings_of_a_gpu(result),
         "caches": settings["caches"],
         "images": settings["images"],
         "samples": f"{settings['rounds']} of each contender, taken in turns, each of at least "
         f"{settings['min_time_s']:g} s",
     }
+
+
+def _settings_of_a_gpu(result: Result) -> dict[str, str]:
+    """They mean nothing on a CPU."""
+    if result["device"] != "cuda":
+        return {}
+    settings = result["settings"]
+    return {"TF32": _on(settings["tf32"]), "cudnn.benchmark": _on(settings["cudnn_benchmark"])}
 
 
 def _on(flag: bool) -> str:
