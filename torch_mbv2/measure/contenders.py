@@ -147,7 +147,6 @@ def _compile_cudagraph(work: Work) -> Ready:
 def _compiled(work: Work, mode: str | None) -> Ready:
     import torch._inductor.config as inductor
 
-    torch.compiler.reset()  # else it is compiled for batches of any size once it has seen two
     images = work.images.clone(memory_format=work.layout)
     module = copy.deepcopy(work.stock).to(memory_format=torch.channels_last)
     compiled = torch.compile(module, mode=mode)

@@ -93,8 +93,8 @@ def bench_network(
                 **{f"over_{p}": timing.median / medians.get(p, math.nan) for p in PATCHED},
             }
         )
-    if _is_compiled(ready):
-        torch.compiler.reset()
+    if _is_compiled(names):
+        torch.compiler.reset()  # else the next batch size would be compiled for any
     ready.clear()
     _free()
     return rows
