@@ -240,7 +240,7 @@ def test_no_panel_is_empty():
     [
         ({}, "3.00x"),
         ({"agrees": False}, "3.00x, DISAGREES"),
-        ({"stock_agrees": False}, "3.00x, stock is WRONG"),
+        ({"stock_agrees": False}, "3.00x, stock is off"),
     ],
 )
 def test_wrong_layers_are_marked(others, mark):

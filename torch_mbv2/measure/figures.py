@@ -392,7 +392,7 @@ def _draw_layers(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> dict[
     marks = [
         f"{row['ratio']:.2f}x"
         + ", DISAGREES" * (not row["agrees"])
-        + ", stock is WRONG" * (not row["stock_agrees"])
+        + ", stock is off" * (not row["stock_agrees"])
         for row in rows
     ]
     _write_at(axes, np.maximum(*ends), marks)
