@@ -22,7 +22,7 @@ from torch import nn
 
 import torch_mbv2
 from torch_mbv2 import cli, sources
-from torch_mbv2.cli import classify, compare, images, info, models, output
+from torch_mbv2.cli import bench, classify, compare, images, info, models, output
 from torch_mbv2.errors import Error
 from torch_mbv2.measure import contenders, environment
 from torch_mbv2.measure.conditions import exact_settings
@@ -527,6 +527,29 @@ def test_bench_against_a_baseline(run, files):
             row[key] *= 1e4
     (files / "slow.json").write_text(json.dumps(old))
     assert run(*argv, "--baseline", "slow.json")[0] == 0
+
+
+def test_bench_of_another_model_is_refused_before_any_work(run, files, monkeypatch):
+    argv = ("bench", "small.onnx", "--batches", "1", *QUICK, *PLAIN)
+    assert run(*argv, "--json", "mine.json")[0] == 0
+    other = read(files / "mine.json")
+    other["model"]["name"] = "theirs"
+    (files / "theirs.json").write_text(json.dumps(other))
+    monkeypatch.setattr(bench, "bench_network", lambda *_, **__: pytest.fail("work was done"))
+    status, out, err = run(*argv, "--baseline", "theirs.json")
+    assert (status, out) == (2, "")
+    assert "model is small.onnx now and theirs in theirs.json" in err
+
+
+def test_bench_without_a_row_in_common_keeps_what_it_measured(run, files):
+    argv = ("bench", "small.onnx", *QUICK, *PLAIN)
+    assert run(*argv, "--batches", "1", "--json", "one.json")[0] == 0
+    more = ("--batches", "2", "--baseline", "one.json", "--json", "two.json")
+    status, out, err = run(*argv, *more)
+    assert status == 2
+    assert "have nothing in common" in err
+    assert "patched" in out
+    assert "baseline" not in read(files / "two.json")
 
 
 @pytest.mark.parametrize(

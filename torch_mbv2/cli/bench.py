@@ -150,10 +150,21 @@ def run(args: argparse.Namespace) -> int:
             f"--batches: the model takes batches of {model.batch} only; export it with a batch of "
             "any size to time others"
         )
+    result = {
+        "schema": 2,
+        **header("bench", args.command, device),
+        "model": {
+            "name": model.info.name,
+            "weights": model.info.weights,
+            "pretrained": model.info.pretrained,
+            "input": list(model.size),
+        },
+    }
+    if old is not None:
+        baseline.require_alike(result, old, args.baseline)
     missing = {name: CONTENDERS[name].missing(device) for name in args.rivals}
     names = [name for name, why in missing.items() if why is None]
     names += [name for name in PATCHED if CONTENDERS[name].missing(device) is None]
-    result = {"schema": 2, **header("bench", args.command, device)}
     rows, layer_rows, totals, found = [], [], [], None
     steps = len(names) + args.rounds
     with exact_settings():
@@ -203,12 +214,6 @@ def run(args: argparse.Namespace) -> int:
             "min_time_s": args.min_time,
         },
         "ceilings": None if ceiling is None else ceiling.to_dict(),
-        "model": {
-            "name": model.info.name,
-            "weights": model.info.weights,
-            "pretrained": model.info.pretrained,
-            "input": list(model.size),
-        },
         "report": {"summary": found.summary(), "note": found.note},
         "rivals": [
             {"name": name, "title": CONTENDERS[name].title, "missing": why}
@@ -225,7 +230,11 @@ def run(args: argparse.Namespace) -> int:
     }
     result = output.finite(result)
     if old is not None:
-        result["baseline"] = baseline.compare(result, old, args.baseline)
+        try:
+            result["baseline"] = baseline.compare(result, old, args.baseline)
+        except Error:  # nothing in common; what was measured is not lost
+            output.emit(args.json, result, lambda: _print(result))
+            raise
     output.emit(args.json, result, lambda: _print(result))
     if args.plot is not None:
         for path in figures.save(figures.draw_all(result), args.plot):

@@ -144,6 +144,19 @@ _KINDS = (
 )
 
 
+def require_alike(new: dict[str, Any], old: dict[str, Any], path: str | None = None) -> None:
+    """Raise Error if the runs are of another model, input or device.
+
+    new: a result, of which "device" and "model" are enough.
+    """
+    for name, read in _MUST_BE_ALIKE.items():
+        if read(new) != read(old):
+            raise Error(
+                f"the runs cannot be compared: {name} is {read(new)} now and {read(old)} in "
+                f"{path or 'the old one'}"
+            )
+
+
 def compare(new: dict[str, Any], old: dict[str, Any], path: str | None = None) -> dict[str, Any]:
     """How the times of one result of `bench` differ from those of an older one.
 
@@ -152,12 +165,7 @@ def compare(new: dict[str, Any], old: dict[str, Any], path: str | None = None) -
     Returns what bench.schema.json calls "baseline". Its "slower" is above 0 if the comparison
     failed. Raises Error for another model, input or device, and if no row is in both.
     """
-    for name, read in _MUST_BE_ALIKE.items():
-        if read(new) != read(old):
-            raise Error(
-                f"the runs cannot be compared: {name} is {read(new)} now and {read(old)} in "
-                f"{path or 'the old one'}"
-            )
+    require_alike(new, old, path)
     rows: list[dict[str, Any]] = []
     only_new: list[str] = []
     only_old: list[str] = []
