@@ -61,12 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R,...",
         help=f"of {', '.join(RIVALS)}; default: all that are installed",
     )
-    parser.add_argument(
-        "--resolution",
-        type=models.image_size,
-        metavar="N",
-        help="height and width; default: the model's",
-    )
+    models.add_resolution(parser)
     parser.add_argument(
         "--layers",
         action="store_true",

@@ -72,7 +72,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_mbv2 import ops
 from torch_mbv2.cli import models, output
-from torch_mbv2.errors import Error, ModelError
+from torch_mbv2.errors import ModelError
 from torch_mbv2.mobilenet import MobileNetV2
 from torch_mbv2.modules import Swapped, _FusedBlock
 from torch_mbv2.patch import (
@@ -99,24 +99,7 @@ _GLOBAL_POOL = "global average pool"  # adaptive to 1 x 1, or a mean over height
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and what to count for."""
     models.add_model(parser)
-    parser.add_argument(
-        "--resolution",
-        type=models.image_size,
-        metavar="N",
-        help="height and width; default: the model's",
-    )
-    parser.add_argument(
-        "--batch",
-        type=models.positive,
-        metavar="N",
-        help="images at a time; default: 1, or the only number that the model takes",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(models.DTYPES),
-        default="float32",
-        help="of the weights and activations; default: float32",
-    )
+    models.add_case(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,12 +108,7 @@ def run(args: argparse.Namespace) -> int:
     `--json` writes what this file's docstring describes.
     """
     model = models.load(args.model, args.resolution)
-    batch = args.batch or model.batch or 1
-    if model.batch not in (None, batch):
-        raise Error(
-            f"--batch: the model takes batches of {model.batch} only; export it with a batch of "
-            "any size to inspect others"
-        )
+    batch = model.case_batch(args.batch)
     dtype = models.DTYPES[args.dtype]
     shape = (batch, *model.size, 3) if model.channels_last else (batch, 3, *model.size)
     taken = dtype if model.info.input_dtype.is_floating_point else model.info.input_dtype

@@ -64,6 +64,17 @@ class ImageModel:
         info = torch.iinfo(self.info.input_dtype)
         return images.round().clamp(info.min, info.max).to(self.info.input_dtype)
 
+    def case_batch(self, wanted: int | None) -> int:
+        """The batch size for `--batch`, by default 1 or the only one that the model takes. Raises
+        Error for one that it does not take."""
+        batch = wanted or self.batch or 1
+        if self.batch not in (None, batch):
+            raise Error(
+                f"--batch: the model takes batches of {self.batch} only; export it with a batch of "
+                "any size for others"
+            )
+        return batch
+
     def noise(self, count: int, dtype: torch.dtype) -> Tensor:
         """`inputs` of so many seeded images: normal noise, or even up to white where the model
         normalises its input itself."""
@@ -89,6 +100,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "cpu", "cuda"),
         default="auto",
         help="where to run; auto (the default) is the GPU if there is one",
+    )
+
+
+def add_resolution(parser: argparse.ArgumentParser) -> None:
+    """`--resolution`."""
+    parser.add_argument(
+        "--resolution",
+        type=image_size,
+        metavar="N",
+        help="height and width; default: the model's",
+    )
+
+
+def add_case(parser: argparse.ArgumentParser) -> None:
+    """`--resolution`, `--batch` and `--dtype` of a verb that runs the model on one batch."""
+    add_resolution(parser)
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        metavar="N",
+        help="images at a time; default: 1, or the only number that the model takes",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="of the weights and activations; default: float32",
     )
 
 

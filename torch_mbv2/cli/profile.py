@@ -43,24 +43,7 @@ _IDLE = 0.05  # of the time, up to which a GPU counts as busy
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, what to run and what to do with it."""
     models.add_arguments(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(models.DTYPES),
-        default="float32",
-        help="of the weights and activations; default: float32",
-    )
-    parser.add_argument(
-        "--batch",
-        type=models.positive,
-        metavar="N",
-        help="images at a time; default: 1, or the only number that the model takes",
-    )
-    parser.add_argument(
-        "--resolution",
-        type=models.image_size,
-        metavar="N",
-        help="height and width; default: the model's",
-    )
+    models.add_case(parser)
     parser.add_argument(
         "--level", choices=LEVELS, default="block", help="to patch at; default: block"
     )
@@ -110,12 +93,7 @@ def run(args: argparse.Namespace) -> int:
         written = [traces / f"{side}.json" for side in (STOCK, PATCHED)]
         output.check_other_targets(args.json, "--trace", written)
     model = models.load(args.model, args.resolution)
-    batch = args.batch or model.batch or 1
-    if model.batch not in (None, batch):
-        raise Error(
-            f"--batch: the model takes batches of {model.batch} only; export it with a batch of "
-            "any size to profile others"
-        )
+    batch = model.case_batch(args.batch)
     dtype = models.DTYPES[args.dtype]
     stock = model.to(device, dtype)
     patched = patch(stock, level=args.level)
