@@ -25,13 +25,7 @@ def mobilenet():
     return torch_mbv2.MobileNetV2(5, inverted_residual_setting=SETTING)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -17,14 +17,7 @@ from torch_mbv2.errors import ModelError, UnavailableError
 from torch_mbv2.measure import profiling
 from torch_mbv2.measure.profiling import ROOT, Call, Run, align, partition, read, typical
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -------------------------------------------------------------------------------------- timeline

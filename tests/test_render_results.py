@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -19,13 +18,8 @@ ON_CPU = ("eager", "channels_last", "compile", "onnxruntime", "patched")
 
 
 @pytest.fixture(scope="module")
-def render_results():
-    pytest.importorskip("jsonschema", reason="the extra `bench` is not installed")
-    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
-    spec = importlib.util.spec_from_file_location("r", ROOT / "scripts" / "render_results.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def render_results(load_script):
+    return load_script("render_results")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shlex
@@ -23,13 +22,8 @@ OLD = "the old result"
 
 
 @pytest.fixture(scope="module")
-def renew_results():
-    pytest.importorskip("jsonschema", reason="the extra `bench` is not installed")
-    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
-    spec = importlib.util.spec_from_file_location("r", ROOT / "scripts" / "renew_results.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def renew_results(load_script):
+    return load_script("renew_results")
 
 
 @pytest.fixture

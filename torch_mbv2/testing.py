@@ -208,8 +208,8 @@ def time_interleaved(
     min_time: float = 0.02,
     on_round: Callable[[], None] | None = None,
 ) -> dict[str, Timing]:
-    """How long each function takes when all take turns, so that what the machine does meanwhile
-    (clocks, temperature, other work) meets all of them alike.
+    """How long each function takes when all take turns, in random order, so that what the machine
+    does meanwhile (clocks, temperature, other work) meets all of them alike.
 
     Wall time on a CPU, CUDA events on a GPU (for graph replays as for anything that it is asked to
     do). Caches are as the calls leave them.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from torch_mbv2.errors import Error
 from torch_mbv2.measure.environment import environment, kernels
@@ -65,6 +66,13 @@ def exact_settings() -> Iterator[None]:
     finally:
         for (owner, name, _), value in zip(wanted, before, strict=True):
             setattr(owner, name, value)
+
+
+def dtype_of(model: nn.Module, otherwise: Tensor) -> str:
+    """The name of the dtype that a model is measured in: that of its weights, as it may cast what
+    it takes and returns, or without weights that of a tensor."""
+    weights = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return str(next(weights, otherwise.dtype)).removeprefix("torch.")
 
 
 def noise(spreads: Iterable[float]) -> dict[str, Any]:

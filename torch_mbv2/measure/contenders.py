@@ -67,11 +67,13 @@ class Contender:
         title: for people.
         prepare: gets it ready. May raise anything: what others have written does.
         missing: why it cannot run on a device and how to get it, in a sentence; None if it can.
+        compiles: torch.compile makes it, which must not do so again once it is ready.
     """
 
     title: str
     prepare: Callable[[Work], Ready]
     missing: Callable[[torch.device], str | None]
+    compiles: bool = False
 
 
 def _here(device: torch.device) -> None:
@@ -110,16 +112,21 @@ def _patched(work: Work) -> Ready:
 def _captured(ready: Ready) -> Ready:
     """The same as one CUDA graph."""
     ready.call()  # the first call tunes, which may take more memory than any later one
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    replay, logits = testing.capture(ready.call)
-    taken = torch.cuda.max_memory_allocated() - before
+    (replay, logits), taken = _peak(lambda: testing.capture(ready.call))
 
     def call() -> Tensor:
         replay()
         return logits
 
     return Ready(call, ready.input, taken)
+
+
+def _peak(function: Callable[[], T]) -> tuple[T, int]:
+    """`function()`, and the bytes that it takes of the GPU's memory at most."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = function()
+    return result, torch.cuda.max_memory_allocated() - before
 
 
 def _cudagraph(work: Work) -> Ready:
@@ -157,6 +164,10 @@ def _compiled(work: Work, mode: str | None) -> Ready:
             torch.compiler.cudagraph_mark_step_begin()
         return compiled(images)
 
+    def settle() -> None:  # records its CUDA graphs, and replays them
+        call()
+        call()
+
     taken = 0
     # Without the caches, so that the first call takes as long as it does on another machine.
     options = {"freezing": True, "force_disable_caches": True}
@@ -164,11 +175,7 @@ def _compiled(work: Work, mode: str | None) -> Ready:
         warnings.simplefilter("ignore")
         call()
         if mode is not None:
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            for _ in range(2):  # record, replay
-                call()
-            taken = torch.cuda.max_memory_allocated() - before
+            _, taken = _peak(settle)
     return Ready(call, images, taken)
 
 
@@ -295,8 +302,8 @@ def _tensorrt(work: Work) -> Ready:
 
 
 def _tensorrt_missing(device: torch.device) -> str | None:
-    if not _installed("torch_tensorrt"):
-        return _needs_gpu(device) or "needs the package torch_tensorrt: pip install torch-tensorrt"
+    if device.type == "cuda" and not _installed("torch_tensorrt"):
+        return "needs the package torch_tensorrt: pip install torch-tensorrt"
     return _needs_gpu(device)
 
 
@@ -306,11 +313,12 @@ CONTENDERS: dict[str, Contender] = {
     "eager": Contender("eager", _eager, _here),
     "channels_last": Contender("channels_last, norms folded", _channels_last, _here),
     "cudagraph": Contender("channels_last, norms folded, CUDA graph", _cudagraph, _needs_gpu),
-    "compile": Contender("torch.compile", _compile, _compile_missing),
+    "compile": Contender("torch.compile", _compile, _compile_missing, compiles=True),
     "compile_cudagraph": Contender(
         "torch.compile, CUDA graph",
         _compile_cudagraph,
         lambda device: _needs_gpu(device) or _compile_missing(device),
+        compiles=True,
     ),
     "onnxruntime": Contender("ONNX Runtime", _onnxruntime, _onnxruntime_missing),
     "tensorrt": Contender("TensorRT", _tensorrt, _tensorrt_missing),

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from torch_mbv2 import modules, ops, testing
 from torch_mbv2.measure.ceilings import Ceilings
+from torch_mbv2.measure.conditions import dtype_of
 from torch_mbv2.modules import Swapped
 from torch_mbv2.patch import LEVELS, patch
 
@@ -115,8 +116,7 @@ def bench_layers(
 
     Raises torch.OutOfMemoryError if a batch is too large for the GPU.
     """
-    weights = (p.dtype for p in stock.parameters() if p.is_floating_point())
-    dtype = str(next(weights, images.dtype)).removeprefix("torch.")
+    dtype = dtype_of(stock, images)
     rows: list[dict[str, Any]] = []
     totals: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max_workers=1) as apart, _cudnn_benchmark(True):

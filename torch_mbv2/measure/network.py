@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_mbv2 import testing
+from torch_mbv2.measure.conditions import dtype_of
 from torch_mbv2.measure.contenders import CONTENDERS, PATCHED, Ready, Work
 
 
@@ -51,7 +52,7 @@ def bench_network(
     A contender that fails has a row that says why, except for the patched model: what that raises,
     this does.
     """
-    dtype, batch = _dtype(work, yardstick), len(work.images)
+    dtype, batch = dtype_of(work.stock, yardstick.stock), len(work.images)
     common = {"dtype": dtype, "batch": batch}
     where = f"{dtype}, batch {batch}"
     ready: dict[str, Ready] = {}
@@ -136,7 +137,7 @@ def _fixed(names: Iterable[str]) -> AbstractContextManager[Any]:
 
 
 def _is_compiled(names: Iterable[str]) -> bool:
-    return any(name.startswith("compile") for name in names)
+    return any(CONTENDERS[name].compiles for name in names)
 
 
 def logits(ready: Ready, images: Tensor) -> Tensor:
@@ -178,12 +179,6 @@ def agreement(logits: Tensor, yardstick: Yardstick) -> dict[str, Any]:
         and wrong == 0
         and logits.dtype == stock.dtype,
     }
-
-
-def _dtype(work: Work, yardstick: Yardstick) -> str:
-    """That of the weights: a model may cast its logits."""
-    weights = (p.dtype for p in work.stock.parameters() if p.is_floating_point())
-    return str(next(weights, yardstick.stock.dtype)).removeprefix("torch.")
 
 
 def _first_line(error: Exception) -> str:
