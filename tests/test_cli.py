@@ -501,6 +501,44 @@ def test_bench_layers(run, files):
         assert f"layers at level {level}, float32, batch 2" in out
 
 
+@pytest.mark.parametrize(
+    ("where", "part"), [(bench, "_work"), (contenders, "patch"), (bench.layers, "bench_layers")]
+)
+def test_bench_of_too_large_a_batch_keeps_what_it_measured(run, files, monkeypatch, where, part):
+    """Whatever lacks memory: images, the patched model or its layers."""
+    function, calls = getattr(where, part), []
+
+    def limited(*args, **options):
+        calls.append(part)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+        return function(*args, **options)
+
+    monkeypatch.setattr(where, part, limited)
+    argv = ("bench", "small.onnx", "--batches", "1,3", *QUICK, *PLAIN, "--layers")
+    status, out, err = run(*argv, "--json", "a.json", "--plot", "a.png", "--report", "page")
+    assert status == 0, err
+    result = read(files / "a.json")
+    skipped = [(row["batch"], row["contender"]) for row in result["rows"] if "skipped" in row]
+    names = {"_work": ["eager", "channels_last", "patched"], "patch": ["patched"]}.get(part, [])
+    assert skipped == [(3, name) for name in names]
+    for name in names:
+        assert f"skipped: float32, batch 3, {name}: not enough memory" in out
+    assert {row["batch"] for row in result["layers"]} == ({1, 3} if part == "patch" else {1})
+    assert ("layers of float32, batch 3 are not timed" in err) == (part == "bench_layers")
+    assert Image.open(files / "a.png").width > 500
+
+
+def test_bench_of_only_too_large_batches(run, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(bench, "_work", fail)
+    status, out, err = run("bench", "small.onnx", "--batches", "7,9", *QUICK, *PLAIN)
+    assert (status, out) == (2, "")
+    assert "the patched model has not enough memory for any of these batch sizes: 7, 9" in err
+
+
 def test_bench_pictures_and_page(run, files):
     argv = ("bench", "small.onnx", "--batches", "1,2", *QUICK, *PLAIN, "--layers")
     status, _, err = run(*argv, "--plot", "bench.png", "--report", "page")

@@ -99,7 +99,7 @@ def test_rival_that_folds_the_images_away_disagrees(stock, monkeypatch):
     ("error", "why"),
     [
         (RuntimeError("first line\nsecond line"), "first line"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "not enough GPU memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "not enough memory"),
         (AssertionError(), "AssertionError"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class Error(RuntimeError):
     """Something the user gave or asked for cannot be used; the message says what to do."""
@@ -13,3 +15,10 @@ class ModelError(Error):
 
 class UnavailableError(Error):
     """An optional package or device that the request needs is missing."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory, on a GPU or for PyTorch on a CPU."""
+    # What PyTorch cannot allocate on a CPU has no type of its own.
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "DefaultCPUAllocator" in str(error)

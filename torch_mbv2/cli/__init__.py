@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-import torch
-
 from torch_mbv2.cli import bench, classify, compare, info, inspect, output, profile, weights
-from torch_mbv2.errors import Error
+from torch_mbv2.errors import Error, is_out_of_memory
 
 VERBS = {
     "info": info,
@@ -103,15 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Error, OSError) as error:
         return _fail(_one_line(error))
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _fail("not enough memory: give smaller images or batches")
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    # What PyTorch cannot allocate on a CPU has no type of its own.
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(why: str) -> int:

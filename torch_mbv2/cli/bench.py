@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from torch_mbv2 import testing
 from torch_mbv2.cli import models, output
-from torch_mbv2.errors import Error
+from torch_mbv2.errors import Error, is_out_of_memory
 from torch_mbv2.measure import baseline, ceilings, figures, layers, page
 from torch_mbv2.measure.conditions import exact_settings, header, noise, where
 from torch_mbv2.measure.contenders import CONTENDERS, PATCHED, RIVALS, Work, in_new_thread
 from torch_mbv2.measure.environment import clocks
-from torch_mbv2.measure.network import Yardstick, bench_network
+from torch_mbv2.measure.network import NO_MEMORY, Yardstick, bench_network
 from torch_mbv2.patch import patch, report
 
 HELP = "time a patched model against stock PyTorch and other engines, and check that all agree"
@@ -177,27 +177,18 @@ def run(args: argparse.Namespace) -> int:
                 images = model.noise(IMAGES, models.DTYPES[dtype]).to(device)
                 yardstick = in_new_thread(functools.partial(_yardstick, stock, images, model.batch))
                 for batch in batches:
-                    work = _work(stock, images, batch, model.channels_last)
-                    with models.running_on(work.images):  # what a patched model raises
-                        rows += bench_network(
-                            work,
-                            yardstick,
-                            names,
-                            rounds=args.rounds,
-                            min_time=args.min_time,
-                            on_step=advance,
-                        )
-                    if ceiling is not None:
-                        more = layers.bench_layers(
-                            stock,
-                            work.images.contiguous(memory_format=work.layout),
-                            ceiling,
-                            rounds=max(1, args.rounds // 2),
-                            min_time=args.min_time / _LAYER_SHARE,
-                            on_row=advance,
-                        )
-                        layer_rows += more[0]
-                        totals += more[1]
+                    work = functools.partial(_work, stock, images, batch, model.channels_last)
+                    timed, *more = _bench(work, yardstick, names, ceiling, args, advance)
+                    # Too large a batch ends no run: what was measured before is not lost.
+                    rows += timed or [
+                        {"dtype": dtype, "batch": batch, "contender": name, "skipped": NO_MEMORY}
+                        for name in names
+                    ]
+                    layer_rows += more[0]
+                    totals += more[1]
+    if all("skipped" in row for row in rows if row["contender"] in PATCHED):
+        sizes = ", ".join(map(str, batches))
+        raise Error(f"the patched model has {NO_MEMORY} for any of these batch sizes: {sizes}")
     result |= {
         "clocks": clocks() if device.type == "cuda" else None,
         "settings": {
@@ -238,6 +229,48 @@ def run(args: argparse.Namespace) -> int:
         output.note(f"wrote {page.write(result, args.report)}")
     slower = old is not None and result["baseline"]["slower"] > 0
     return 0 if result["agree"] and not slower else 1
+
+
+def _bench(
+    make_work: Callable[[], Work],
+    yardstick: Yardstick,
+    names: Sequence[str],
+    ceiling: ceilings.Ceilings | None,
+    args: argparse.Namespace,
+    advance: Callable[[str], None],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """What `bench_network` and, if there is a ceiling, `bench_layers` find; nothing where there is
+    too little memory."""
+    rows: list[dict[str, Any]] = []
+    layer_rows: list[dict[str, Any]] = []
+    totals: list[dict[str, Any]] = []
+    try:
+        work = make_work()
+        with models.running_on(work.images):  # what a patched model raises
+            rows = bench_network(
+                work,
+                yardstick,
+                names,
+                rounds=args.rounds,
+                min_time=args.min_time,
+                on_step=advance,
+            )
+        if ceiling is not None:
+            layer_rows, totals = layers.bench_layers(
+                work.stock,
+                work.images.contiguous(memory_format=work.layout),
+                ceiling,
+                rounds=max(1, args.rounds // 2),
+                min_time=args.min_time / _LAYER_SHARE,
+                on_row=advance,
+            )
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if rows:
+            case = f"{rows[0]['dtype']}, batch {rows[0]['batch']}"
+            output.note(f"layers of {case} are not timed: {NO_MEMORY}")
+    return rows, layer_rows, totals
 
 
 def _yardstick(stock: nn.Module, images: Tensor, batch: int | None) -> Yardstick:

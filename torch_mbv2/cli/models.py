@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_mbv2.cli import output
-from torch_mbv2.errors import Error, ModelError, UnavailableError
+from torch_mbv2.errors import Error, ModelError, UnavailableError, is_out_of_memory
 from torch_mbv2.mobilenet import MobileNetV2
 from torch_mbv2.sources import ModelInfo, load_model
 
@@ -218,22 +218,29 @@ def fill(images: Tensor, batch: int) -> Tensor:
 
 
 def call(module: nn.Module, images: Tensor) -> Any:
-    """`module(images)`, whatever it returns. Raises ModelError if it cannot be run on them."""
-    with running_on(images), torch.inference_mode():
-        return module(images)
+    """`module(images)`, whatever it returns. Raises ModelError if it cannot be run on them, and
+    Error if there is too little memory."""
+    try:
+        with running_on(images), torch.inference_mode():
+            return module(images)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise Error(f"not enough memory for images of shape {tuple(images.shape)}") from None
 
 
 @contextmanager
 def running_on(images: Tensor) -> Iterator[None]:
-    """Around calls of a model, which may raise anything: that becomes a ModelError."""
+    """Around calls of a model, which may raise anything: that becomes a ModelError, unless it is
+    for want of memory."""
     shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise Error(f"not enough GPU memory for images of shape {shape}") from None
-    except (Error, MemoryError):
+    except Error:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
             f"the model cannot be run on {dtype} images of shape {shape}: {first}"

@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from torch_mbv2 import testing
+from torch_mbv2.errors import is_out_of_memory
 from torch_mbv2.measure.conditions import dtype_of
 from torch_mbv2.measure.contenders import CONTENDERS, PATCHED, Ready, Work
+
+NO_MEMORY = "not enough memory"
+"""Why a row is skipped."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,24 @@ def bench_network(
     being done.
 
     A contender that fails has a row that says why, except for the patched model: what that raises,
-    this does.
+    this does, unless it is for want of memory.
     """
+    try:
+        return _rows(work, yardstick, names, rounds, min_time, on_step)
+    finally:
+        if _is_compiled(names):
+            torch.compiler.reset()  # else the next batch size would be compiled for any
+        _free()
+
+
+def _rows(
+    work: Work,
+    yardstick: Yardstick,
+    names: Sequence[str],
+    rounds: int,
+    min_time: float,
+    on_step: Callable[[str], None],
+) -> list[dict[str, Any]]:
     dtype, batch = dtype_of(work.stock, yardstick.stock), len(work.images)
     common = {"dtype": dtype, "batch": batch}
     where = f"{dtype}, batch {batch}"
@@ -62,7 +82,7 @@ def bench_network(
         try:
             ready[name], facts[name] = _prepare(name, work, yardstick)
         except Exception as error:  # what others have written may raise anything
-            if name == "patched":
+            if name == "patched" and not is_out_of_memory(error):
                 raise
             facts[name] = {"skipped": _first_line(error)}
             _free()
@@ -94,10 +114,6 @@ def bench_network(
                 **{f"over_{p}": timing.median / medians.get(p, math.nan) for p in PATCHED},
             }
         )
-    if _is_compiled(names):
-        torch.compiler.reset()  # else the next batch size would be compiled for any
-    ready.clear()
-    _free()
     return rows
 
 
@@ -182,8 +198,8 @@ def agreement(logits: Tensor, yardstick: Yardstick) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "not enough GPU memory"
+    if is_out_of_memory(error):
+        return NO_MEMORY
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
