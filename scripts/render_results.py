@@ -1,7 +1,8 @@
-"""Writes the results part of README.md, between its markers, and the pictures that it shows, from
-scripts/results/*.json, which `python -m torch_mbv2 bench MODEL --layers --json FILE` writes and
-scripts/renew_results.py renews. With --check it changes nothing, and says by exit status 1 that the
-README or a picture is not what the JSON renders to.
+"""Writes, from each scripts/results/NAME.json, the part about it in README.md, between its markers;
+NAME.md, which has all of it; and the pictures that both show. The JSON is what
+`python -m torch_mbv2 bench MODEL --layers --json FILE` writes and scripts/renew_results.py renews.
+With --check it changes nothing, and says by exit status 1 that one of these files is not what the
+JSON renders to.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +62,22 @@ def _run(readme: Path, directory: Path, check: bool) -> int:
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise Error(f"{readme}: must have {START} and then {END}, once")
     parts: list[str] = []
+    texts: dict[Path, str] = {}
     stale: list[Path] = []
     for path, result in sorted(results.items(), key=lambda item: item[1]["device"] == "cpu"):
         drawn = _names(result, path) if check else _draw(result, path)
         if check:
             stale += [picture for picture in drawn.values() if not _shows(picture, result)]
-        parts.append(render(result, {name: _link(found, readme) for name, found in drawn.items()}))
+        page = path.with_suffix(".md")
+        texts[page] = render_page(result, _links(drawn, page), path.name)
+        parts.append(render_part(result, _links(drawn, readme), _link(page, readme)))
     before, rest = text.split(START)
-    new = "\n\n".join([before + START, *parts, END + rest.split(END)[1]])
-    if not check:
-        readme.write_text(new, encoding="utf-8")
-        return 0
-    stale += [readme] * (new != text)
+    texts[readme] = "\n\n".join([before + START, *parts, END + rest.split(END)[1]])
+    for path, new in texts.items():
+        if not check:
+            path.write_text(new, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != new:
+            stale.append(path)
     for path in stale:
         print(f"{path} is out of date: run scripts/render_results.py", file=sys.stderr)
     return int(bool(stale))
@@ -98,35 +103,64 @@ def _shows(picture: Path, result: dict[str, Any]) -> bool:
     return picture.is_file() and figures.digest_of_picture(picture) == figures.digest(result)
 
 
-def _link(picture: Path, readme: Path) -> str:
-    return Path(os.path.relpath(picture, readme.parent)).as_posix()
+def _links(pictures: Mapping[str, Path], page: Path) -> dict[str, str]:
+    """What shows each picture on a page, in Markdown."""
+    return {name: f"![{_ALT[name]}]({_link(path, page)})" for name, path in pictures.items()}
 
 
-# ---------------------------------------------------------------------------------------- tables
+def _link(path: Path, page: Path) -> str:
+    return Path(os.path.relpath(path, page.parent)).as_posix()
 
 
-def render(result: dict[str, Any], pictures: Mapping[str, str]) -> str:
-    """A result of `bench` as Markdown: where and how it ran, the network against its rivals, and,
-    folded away, what each contender needs and the layers.
+# ----------------------------------------------------------------------------------------- pages
 
-    pictures: links to those of `figures.draw_all`, by their names.
+
+def render_part(result: dict[str, Any], pictures: Mapping[str, str], page: str) -> str:
+    """The README's part about a result of `bench`, as Markdown: where and how it ran, and the
+    network against its rivals.
+
+    pictures: what shows those of `figures.draw_all`, by their names. page: the link to the rest.
     """
-    shown = {name: f"![{_ALT[name]}]({link})" for name, link in pictures.items()}
-    first = [shown.pop("batches")] if "batches" in shown else []
-    parts = [_heading(result), _network(result), *_left_out(result), *first]
-    parts.append(_folded("Time, first call and memory of each contender", *_contenders(result)))
-    if shown:
-        parts.append(_folded("Pictures of the layers", *shown.values()))
-    for level, title in _LEVELS.items():
-        for dtype in _different(row["dtype"] for row in result["layers"] if row["level"] == level):
-            parts.append(_folded(f"{title}, {dtype}", *_layers(result, level, dtype)))
+    parts = [_heading(result), _network(result), *_left_out(result)]
+    parts += [pictures[name] for name in ("batches",) if name in pictures]
+    rest = "time, first call and memory of each contender" + ", each layer" * bool(result["layers"])
+    parts.append(f"[More of this run]({page}): {rest}.")
     return "\n\n".join(parts)
 
 
+def render_page(result: dict[str, Any], pictures: Mapping[str, str], name: str) -> str:
+    """The page about a result of `bench`, as Markdown: what the README has, each contender's needs,
+    and the layers, a table folded away for each dtype and batch size.
+
+    pictures: what shows those of `figures.draw_all`, by their names. name: of the JSON.
+    """
+    shown = dict(pictures)
+    batches = [shown.pop("batches")] if "batches" in shown else []
+    parts = ["# Results of bench", _heading(result), f"```bash\n{result['command']}\n```"]
+    parts.append(f"Rendered from [{name}]({name}) by scripts/render_results.py.")
+    parts += ["## The network", _network(result), *_left_out(result), *batches]
+    parts += ["### Time, first call and memory of each contender", *_contenders(result)]
+    if result["layers"]:
+        parts += ["## The layers", _explain(result), *shown.values()]
+    for level, title in _LEVELS.items():
+        totals = [row for row in result["layer_totals"] if row["level"] == level]
+        if totals:
+            parts += [f"### {title}", _table_of(_TOTALS, totals)]
+        for total in totals:
+            case = {key: total[key] for key in ("level", "dtype", "batch")}
+            rows = [row for row in result["layers"] if case.items() <= row.items()]
+            parts.append(
+                _folded(f"{total['dtype']}, batch {total['batch']}", _table_of(_LAYERS, rows))
+            )
+    return "\n\n".join(parts) + "\n"
+
+
 def _folded(summary: str, *parts: str) -> str:
-    # GitHub renders Markdown inside only behind an empty line, and none inside <summary>.
-    summary = re.sub(r"`(.*?)`", r"<code>\1</code>", summary)
+    # GitHub renders Markdown inside only behind an empty line.
     return "\n\n".join([f"<details><summary>{summary}</summary>", *parts, "</details>"])
+
+
+# ---------------------------------------------------------------------------------------- tables
 
 
 def _heading(result: dict[str, Any]) -> str:
@@ -228,96 +262,71 @@ def _contenders(result: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _layers(result: dict[str, Any], level: str, dtype: str) -> Iterator[str]:
-    """The table of a level and dtype, with columns for each batch size, and what they are."""
-    chosen = [row for row in result["layers"] if (row["level"], row["dtype"]) == (level, dtype)]
-    rows = {(row["layer"], row["batch"]): row for row in chosen}
-    totals = {
-        row["batch"]: row
-        for row in result["layer_totals"]
-        if (row["level"], row["dtype"]) == (level, dtype)
-    }
-    batches = sorted(_different(row["batch"] for row in chosen))
-    # cudnn.benchmark means nothing on a CPU.
-    columns = ["us", "stock us", "untuned us", "ratio", "of floor"]
-    if result["device"] == "cpu":
-        columns.remove("untuned us")
-    header = ["layer"]
-    for batch in batches:
-        header += [f"batch {batch}: {columns[0]}", *columns[1:]]
-    header += ["GB/s", "TFLOP/s"]
-    mixed = len({row["caches"] for row in chosen}) > 1
-    lines = []
-    for layer in _different(row["layer"] for row in chosen):
-        cells = [_text(layer)]
-        for batch in batches:
-            found = _layer_cells(rows.get((layer, batch)), mixed)
-            cells += [found[name] for name in columns]
-        last = rows.get((layer, batches[-1]))
-        cells += (
-            ["", ""] if last is None else [f"{last[k]:.1f}" for k in ("gb_per_s", "tflop_per_s")]
-        )
-        lines.append(cells)
-    cells = ["sum; geometric mean"]
-    for batch in batches:
-        found = _total_cells(totals[batch])
-        cells += [found[name] for name in columns]
-    lines.append([*cells, "", ""])
-    yield _table(header, lines, words=("layer",))
-    yield _explain(result, dtype, batches[-1], {row["caches"] for row in chosen})
+_Cell = Callable[[dict[str, Any]], str]
 
 
-def _layer_cells(row: dict[str, Any] | None, mixed: bool) -> dict[str, str]:
-    """The cells of one layer at one batch size, by the names of their columns; mixed: some layers
-    were timed with warm caches, and are to be marked."""
-    if row is None:
-        return dict.fromkeys(("us", "stock us", "untuned us", "ratio", "of floor"), "")
-    return {
-        "us": f"{row['us']:.1f}"
-        + " (warm)" * (mixed and row["caches"] == "warm")
-        + " **DISAGREES**" * (not row["agrees"]),
-        "stock us": f"{row['stock_us']:.1f}" + " (**disagrees**)" * (not row["stock_agrees"]),
-        "untuned us": "" if row["heuristic_us"] is None else f"{row['heuristic_us']:.1f}",
-        "ratio": f"{row['ratio']:.2f}x",
-        "of floor": f"{row['of_floor']:.2f}",
-    }
+def _number(key: str, form: str, unit: str = "") -> _Cell:
+    return lambda row: "" if row[key] is None else f"{row[key]:{form}}{unit}"
 
 
-def _total_cells(row: dict[str, Any]) -> dict[str, str]:
-    heuristic = ""
-    if row["heuristic_us"] is not None:
-        heuristic = f"{row['heuristic_us']:.1f}"
-    if row["heuristic_geometric_mean"] is not None:
-        heuristic += f" ({row['heuristic_geometric_mean']:.2f}x)"
-    return {
-        "us": f"{row['us']:.1f}",
-        "stock us": f"{row['stock_us']:.1f}",
-        "untuned us": heuristic,
-        "ratio": f"{row['geometric_mean']:.2f}x",
-        "of floor": "",
-    }
+_TOTALS: dict[str, _Cell] = {
+    "dtype": lambda row: row["dtype"],
+    "batch": _number("batch", "d"),
+    "us": _number("us", ".1f"),
+    "stock us": _number("stock_us", ".1f"),
+    "untuned us": _number("heuristic_us", ".1f"),
+    "ratio": _number("geometric_mean", ".2f", "x"),
+    "untuned ratio": _number("heuristic_geometric_mean", ".2f", "x"),
+}
+_LAYERS: dict[str, _Cell] = {
+    "layer": lambda row: _text(row["layer"]),
+    "kernel": lambda row: f"`{row['kernel']}`",
+    "us": lambda row: f"{row['us']:.1f}" + " **DISAGREES**" * (not row["agrees"]),
+    "stock us": lambda row: (
+        f"{row['stock_us']:.1f}" + " (**disagrees**)" * (not row["stock_agrees"])
+    ),
+    "untuned us": _number("heuristic_us", ".1f"),
+    "ratio": _number("ratio", ".2f", "x"),
+    "untuned ratio": _number("heuristic_ratio", ".2f", "x"),
+    "GB/s": _number("gb_per_s", ".0f"),
+    "TFLOP/s": _number("tflop_per_s", ".1f"),
+    "of floor": _number("of_floor", ".2f"),
+    "stock of floor": _number("stock_of_floor", ".2f"),
+    "caches": lambda row: row["caches"],
+}
 
 
-def _explain(result: dict[str, Any], dtype: str, largest: int, caches: set[str]) -> str:
-    """What the columns of a table of layers are."""
+def _table_of(columns: dict[str, _Cell], rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each row, without the columns that say nothing: what cuDNN does on a CPU, say."""
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    words = ("dtype", "layer", "kernel", "caches")
+    return _table(list(cells), list(zip(*cells.values(), strict=True)), words)
+
+
+def _explain(result: dict[str, Any]) -> str:
+    """What the columns of the tables of layers are."""
     stock = "the same work by stock layers, channels_last, norms folded"
     if result["device"] == "cuda":
         stock += ", as CUDA graphs, cudnn.benchmark on; untuned: cudnn.benchmark off"
-    sentences = [f"Stock: {stock}."]
-    if len(caches) > 1:
-        sentences.append("Caches are cold except where marked warm.")
-    else:
-        sentences.append(f"Caches are {''.join(caches)}.")
+    sentences = [
+        "Of all layers of a level the sums of the times and the geometric means of the ratios, and "
+        "below them each layer.",
+        f"Stock: {stock}.",
+        "Ratio: stock's time over ours.",
+    ]
     if result["ceilings"] is not None:
-        speed = result["ceilings"]["flops_per_s"].get(dtype)
-        multiply = "multiply" if speed is None else f"multiply at {1e-12 * speed:.4g} TFLOP/s"
+        speeds = ", ".join(
+            f"{1e-12 * speed:.4g} TFLOP/s ({dtype})"
+            for dtype, speed in result["ceilings"]["flops_per_s"].items()
+        )
         sentences.append(
             "Of floor: the time to move input, output and weights once at "
-            f"{1e-9 * result['ceilings']['bytes_per_s']:.4g} GB/s or to {multiply}, whichever is "
-            "longer, as a part of ours; both speeds were measured in this run, of a large copy and "
-            f"a large matrix product{', which warm caches may beat' * ('warm' in caches)}."
+            f"{1e-9 * result['ceilings']['bytes_per_s']:.4g} GB/s or to multiply at {speeds}, "
+            "whichever is longer, as a part of ours; these speeds were measured in this run, of a "
+            "large copy and large matrix products. Warm caches may beat them."
         )
-    sentences.append(f"GB/s and TFLOP/s are ours at batch {largest}.")
+    sentences.append("GB/s and TFLOP/s are ours.")
     return " ".join(sentences)
 
 

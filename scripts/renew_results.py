@@ -1,5 +1,5 @@
 """Renews the results in scripts/results on the machine that it runs on, by the verb `bench`, each
-in a process of its own, and then README.md, by scripts/render_results.py.
+in a process of its own, and what is rendered from them, by scripts/render_results.py.
 
 A result replaces the old one only if bench has succeeded. The exit status is 0, 1 if a model did
 not agree with stock, or 2 if bench could not run.
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=("gpu", "cpu"), help="default: both, if there is a GPU")
-    parser.add_argument("--no-render", action="store_true", help="leave README.md as it is")
+    parser.add_argument("--no-render", action="store_true", help="only measure")
     parser.add_argument(
         "--results",
         type=Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,8 +25,14 @@ def render_results(load_script):
 
 @pytest.fixture
 def render(render_results):
-    """The Markdown of a result; without pictures, unless their links are given."""
-    return lambda result, links=None: render_results.render(result, links or {})
+    """What the README says of a result; without pictures, unless these are given."""
+    return lambda result, shown=None: render_results.render_part(result, shown or {}, "x.md")
+
+
+@pytest.fixture
+def render_page(render_results):
+    """The page of a result; without pictures, unless these are given."""
+    return lambda result, shown=None: render_results.render_page(result, shown or {}, "x.json")
 
 
 def on_cpu(**others):
@@ -62,7 +69,7 @@ def cells(line):
 
 def network(text):
     """The table of the network, a dictionary a row."""
-    header, body = table(text.partition("<details>")[0], "dtype | batch")
+    header, body = table(text, "dtype | batch")
     return [dict(zip(header, line, strict=True)) for line in body]
 
 
@@ -70,6 +77,14 @@ def folded(text, summary):
     """What is inside the <details> with this summary."""
     (found,) = (part for part in text.split("<details>") if f"<summary>{summary}<" in part)
     return found.partition("</details>")[0].partition("</summary>")[2]
+
+
+def section(text, heading):
+    """What is below this heading and above the next one."""
+    lines = text.splitlines()
+    start = lines.index(heading) + 1
+    ends = [i for i in range(start, len(lines)) if lines[i].startswith("#")]
+    return "\n".join(lines[start : min(ends, default=len(lines))])
 
 
 # --------------------------------------------------------------------------------------- network
@@ -241,7 +256,7 @@ def test_noise_is_said(render, over, worst, sentence):
     assert ("Noisy" in heading) == bool(over)
 
 
-def test_contenders(render):
+def test_contenders(render_page):
     rows = [
         bench_results.row("compile", first_call_s=12.345, peak_mib=99.96, ms=0.3),
         bench_results.skipped("tensorrt", "no"),
@@ -250,14 +265,26 @@ def test_contenders(render):
         bench_results.row("patched_cudagraph", first_call_s=0.1, peak_mib=1.0, ms=0.1),
         bench_results.skipped("compile", "no", batch=8),
     ]
-    part = folded(render(with_rows(*rows)), "Time, first call and memory of each contender")
-    assert table(part, "dtype | batch") == (
+    heading = "### Time, first call and memory of each contender"
+    assert table(section(render_page(with_rows(*rows)), heading), "dtype | batch") == (
         ["dtype", "batch", "torch.compile", "patched, CUDA graph"],
         [
             ["float16", "1", "0.300 ms, 12.35 s, 100.0 MiB", "0.100 ms, 0.10 s, 1.0 MiB"],
             ["float16", "8", DASH, "0.200 ms, 0.10 s"],
         ],
     )
+
+
+def test_page_has_what_the_readme_has_and_says_where_it_is_from(render, render_page):
+    result = bench_results.result()
+    part, page = render(result), render_page(result)
+    parts = part.split("\n\n")
+    rest = "time, first call and memory of each contender, each layer."
+    assert parts.pop() == f"[More of this run](x.md): {rest}"
+    for paragraph in parts:
+        assert f"\n\n{paragraph}\n\n" in page
+    assert f"```bash\n{result['command']}\n```" in page
+    assert "[x.json](x.json)" in page
 
 
 # ---------------------------------------------------------------------------------------- layers
@@ -267,146 +294,155 @@ def with_layers(*layers, totals, **others):
     return bench_results.result(layer_totals=list(totals), **others) | {"layers": list(layers)}
 
 
-BLOCKS = "Each block against its stock layers, float16"
+BLOCKS = "### Each block against its stock layers"
+LAYERS = "### Layer by layer: the patched model at level `op`, where nothing is fused into blocks"
 
 
-def test_layers_on_a_gpu(render):
+def layers_of(text, case="float16, batch 1", heading=BLOCKS):
+    """The table of one level, dtype and batch size."""
+    return table(folded(section(text, heading), case), "layer | kernel")
+
+
+def test_layers_on_a_gpu(render_page):
     numbers = {
         "stock_us": 13.0,
         "heuristic_us": 14.0,
         "ratio": 2.5,
+        "heuristic_ratio": 2.69,
         "of_floor": 0.125,
         "gb_per_s": 123.4,
         "tflop_per_s": 5.67,
+        "stock_of_floor": 0.05,
     }
-    totals = {"us": 6.0, "stock_us": 26.0, "heuristic_us": 28.0, "geometric_mean": 2.6}
-    part = folded(
-        render(
-            with_layers(
-                bench_results.layer("a_block", batch=32, us=50.0, **numbers),
-                bench_results.layer("a_block", us=5.2, **numbers),
-                bench_results.layer("pool", us=0.8, heuristic_us=None, **{"ratio": 0.75}),
-                bench_results.layer("a_block", level="op", us=77.0),
-                bench_results.layer("a_block", dtype="float32", us=78.0),
-                totals=[
-                    bench_results.total(**totals),
-                    bench_results.total(batch=32, heuristic_geometric_mean=None, **totals),
-                    bench_results.total(level="op"),
-                    bench_results.total(dtype="float32"),
-                ],
-            )
-        ),
-        BLOCKS,
-    )
-    header, body = table(part, "layer | batch 1: us")
-    group = ["stock us", "untuned us", "ratio", "of floor"]
-    assert header == ["layer", "batch 1: us", *group, "batch 32: us", *group, "GB/s", "TFLOP/s"]
-    first = ["13.0", "14.0", "2.50x", "0.12"]
-    assert body == [
-        ["a_block", "5.2", *first, "50.0", *first, "123.4", "5.7"],
-        ["pool", "0.8", "2.4", "", "0.75x", "0.12", *[""] * 7],
-        [
-            "sum; geometric mean",
-            *["6.0", "26.0", "28.0 (4.00x)", "2.60x", ""],
-            *["6.0", "26.0", "28.0", "2.60x", ""],
-            *["", ""],
-        ],
-    ]
-
-
-def test_each_level_and_dtype_has_a_table(render):
-    text = render(
+    none = {"heuristic_us": None, "heuristic_ratio": None}
+    text = render_page(
         with_layers(
-            *(
-                bench_results.layer("a", dtype, level=level)
-                for level in ("op", "block")
-                for dtype in ("float16", "float32")
-            ),
-            totals=[
-                bench_results.total(dtype, level=level)
-                for level in ("op", "block")
-                for dtype in ("float16", "float32")
-            ],
+            bench_results.layer("a_block", batch=32, us=50.0, **numbers),
+            bench_results.layer("a_block", us=5.2, **numbers),
+            bench_results.layer("pool", us=0.8, caches="warm", **none, **{"ratio": 0.75}),
+            totals=[bench_results.total(), bench_results.total(batch=32)],
         )
     )
-    op = "Layer by layer: the patched model at level <code>op</code>, where nothing is fused into"
-    summaries = [line for line in text.splitlines() if line.startswith("<details>")]
-    assert summaries == [
-        "<details><summary>Time, first call and memory of each contender</summary>",
-        f"<details><summary>{BLOCKS}</summary>",
-        "<details><summary>Each block against its stock layers, float32</summary>",
-        f"<details><summary>{op} blocks, float16</summary>",
-        f"<details><summary>{op} blocks, float32</summary>",
+    header, body = layers_of(text)
+    assert header == [
+        *("layer", "kernel", "us", "stock us", "untuned us", "ratio", "untuned ratio"),
+        *("GB/s", "TFLOP/s", "of floor", "stock of floor", "caches"),
     ]
-    assert text.count("</details>") == len(summaries)
+    rest = ["13.0", "14.0", "2.50x", "2.69x", "123", "5.7", "0.12", "0.05", "cold"]
+    assert body == [
+        ["a_block", "`inverted_residual`", "5.2", *rest],
+        [
+            *("pool", "`inverted_residual`", "0.8", "2.4", "", "0.75x", ""),
+            *("375", "62.5", "0.12", "0.04", "warm"),
+        ],
+    ]
+    _, body = layers_of(text, "float16, batch 32")
+    assert body == [["a_block", "`inverted_residual`", "50.0", *rest]]
 
 
-def test_layers_on_a_cpu(render):
+def test_totals(render_page):
+    numbers = {"us": 6.04, "stock_us": 26.0, "heuristic_us": 28.0, "geometric_mean": 2.6}
+    totals = [
+        bench_results.total(**numbers, heuristic_geometric_mean=2.345),
+        bench_results.total("float32", 32),
+        bench_results.total(level="op"),
+    ]
+    text = render_page(with_layers(bench_results.layer("a"), totals=totals))
+    header, body = table(section(text, BLOCKS).partition("<details>")[0], "dtype | batch")
+    assert header == ["dtype", "batch", "us", "stock us", "untuned us", "ratio", "untuned ratio"]
+    assert body == [
+        ["float16", "1", "6.0", "26.0", "28.0", "2.60x", "2.35x"],
+        ["float32", "32", "25.0", "75.0", "100.0", "3.00x", "4.00x"],
+    ]
+
+
+def test_each_level_dtype_and_batch_size_has_a_table(render_page):
+    cases = [
+        {"level": level, "dtype": dtype, "batch": batch}
+        for dtype in ("float16", "float32")
+        for batch in (1, 8)
+        for level in ("op", "block")
+    ]
+    layers = [bench_results.layer("-".join(map(str, case.values())), **case) for case in cases]
+    totals = [bench_results.total(**case) for case in cases]
+    text = render_page(with_layers(*layers, totals=totals))
+    for level, heading in (("op", LAYERS), ("block", BLOCKS)):
+        for dtype in ("float16", "float32"):
+            for batch in (1, 8):
+                _, ((name, *_),) = layers_of(text, f"{dtype}, batch {batch}", heading)
+                assert name == f"{level}-{dtype}-{batch}"
+    assert text.count("<details>") == text.count("</details>") == len(cases)
+
+
+def test_layers_on_a_cpu(render_page):
+    """Without the columns of cuDNN."""
     none = dict.fromkeys(("heuristic_us", "heuristic_ratio"))
     layer = bench_results.layer("a", caches="warm", **none)
     total = bench_results.total(heuristic_us=None, heuristic_geometric_mean=None)
-    part = folded(render(on_cpu(layers=[layer], layer_totals=[total])), BLOCKS)
-    header, body = table(part, "layer | batch 1: us")
-    assert header[1:5] == ["batch 1: us", "stock us", "ratio", "of floor"]
-    assert body[0][:5] == ["a", "5.0", "15.0", "3.00x", "0.02"]
-    assert body[1][:4] == ["sum; geometric mean", "25.0", "75.0", "3.00x"]
-    assert "Caches are warm." in part
-    assert "heuristic" not in part
+    text = render_page(on_cpu(layers=[layer], layer_totals=[total]))
+    header, body = layers_of(text)
+    assert header[2:5] == ["us", "stock us", "ratio"]
+    assert body[0][2:5] == ["5.0", "15.0", "3.00x"]
+    header, body = table(section(text, BLOCKS).partition("<details>")[0], "dtype | batch")
+    assert (header[2:], body[0][2:]) == (["us", "stock us", "ratio"], ["25.0", "75.0", "3.00x"])
+    assert "cudnn" not in section(text, "## The layers")
+
+
+def test_result_without_layers_says_nothing_of_them(render, render_page):
+    result = on_cpu()
+    assert "layer" not in render(result)
+    assert "## The layers" not in render_page(result)
 
 
 @pytest.mark.parametrize(
     ("others", "column", "cell"),
     [
-        ({"agrees": False}, 1, "5.0 **DISAGREES**"),
-        ({"stock_agrees": False}, 2, "15.0 (**disagrees**)"),
-        ({"caches": "warm"}, 1, "5.0 (warm)"),
+        ({"agrees": False}, 2, "5.0 **DISAGREES**"),
+        ({"stock_agrees": False}, 3, "15.0 (**disagrees**)"),
     ],
 )
-def test_what_is_particular_about_a_layer_is_marked(render, others, column, cell):
+def test_layer_that_is_wrong_is_marked(render_page, others, column, cell):
     layers = [bench_results.layer("a", **others), bench_results.layer("b")]
-    part = folded(render(with_layers(*layers, totals=[bench_results.total()])), BLOCKS)
-    _, (first, second, _) = table(part, "layer | batch 1: us")
+    _, (first, second) = layers_of(
+        render_page(with_layers(*layers, totals=[bench_results.total()]))
+    )
     assert first[column] == cell
-    assert second[1:3] == ["5.0", "15.0"]
-    mixed = "Caches are cold except where marked warm."
-    assert (mixed if "caches" in others else "Caches are cold.") in part
+    assert second[2:4] == ["5.0", "15.0"]
 
 
-def test_ceilings_are_said(render):
-    layers, totals = [bench_results.layer("a", batch=8)], [bench_results.total(batch=8)]
-    ceilings = {"bytes_per_s": 2.5e12, "flops_per_s": {"float16": 6.75e14}}
-    part = folded(render(with_layers(*layers, totals=totals, ceilings=ceilings)), BLOCKS)
-    assert "once at 2500 GB/s or to multiply at 675 TFLOP/s, whichever is longer" in part
-    assert "GB/s and TFLOP/s are ours at batch 8." in part
+def test_ceilings_are_said(render_page):
+    speeds = {"float16": 6.75e14, "float32": 5e13}
+    ceilings = {"bytes_per_s": 2.5e12, "flops_per_s": speeds}
+    text = render_page(bench_results.result(ceilings=ceilings))
+    assert (
+        "once at 2500 GB/s or to multiply at 675 TFLOP/s (float16), 50 TFLOP/s (float32), "
+        "whichever is longer" in section(text, "## The layers")
+    )
 
 
-def test_names_of_others_do_not_break_the_tables(render):
+def test_names_of_others_do_not_break_the_tables(render_page):
     layers = [bench_results.layer("a|b <c> *d*")]
     model = bench_results.result()["model"] | {"name": "<b>net</b>"}
-    text = render(with_layers(*layers, totals=[bench_results.total()], model=model))
-    assert "| a\\|b &lt;c> \\*d\\* | 5.0 |" in text
-    assert text.startswith("&lt;b>net&lt;/b>, 224x192, on")
+    text = render_page(with_layers(*layers, totals=[bench_results.total()], model=model))
+    assert "| a\\|b &lt;c> \\*d\\* | `inverted_residual` | 5.0 |" in text
+    assert "\n&lt;b>net&lt;/b>, 224x192, on" in text
 
 
 # -------------------------------------------------------------------------------------- pictures
 
 
-def test_pictures(render):
-    """The first is in sight, the others are folded away, and each says what it shows."""
-    links = {name: f"d/x-{name}.png" for name in ("batches", "layers", "roofline")}
-    text = render(bench_results.result(), links)
-    shown, _, rest = text.partition("<details>")
-    assert "\n\n![time and throughput against the batch size](d/x-batches.png)\n" in shown
-    part = folded(f"<details>{rest}", "Pictures of the layers")
-    roof = "FLOP/s of each layer against its FLOPs per byte, under the roof of the machine"
-    assert [line for line in part.splitlines() if line] == [
-        "![time of each block, stock and patched](d/x-layers.png)",
-        f"![{roof}](d/x-roofline.png)",
-    ]
+def test_pictures(render, render_page):
+    """The README shows the first one, the page all."""
+    shown = {name: f"![{name}](x-{name}.png)" for name in ("batches", "layers", "roofline")}
+    result = bench_results.result()
+    for text, names in ((render(result, shown), ["batches"]), (render_page(result, shown), shown)):
+        pictures = [line for line in text.splitlines() if line.startswith("![")]
+        assert pictures == [shown[name] for name in names]
 
 
-def test_no_picture_no_link(render):
+def test_no_picture_no_link(render, render_page):
     assert "![" not in render(bench_results.result())
+    assert "![" not in render_page(bench_results.result())
 
 
 # ------------------------------------------------------------------------------------- the files
@@ -469,10 +505,15 @@ def test_readme_between_the_markers_is_rewritten(files):
     headings = [i for i, line in enumerate(lines) if line.startswith("some_net, 224x192")]
     assert "GPU 9000" in lines[headings[0]]
     assert "CPU 1" in lines[headings[1]]
-    # Every picture is linked, is one of its result, and lies where the link says.
-    linked = {line.partition("](")[2][:-1] for line in lines if line.startswith("![")}
-    assert linked == {path.relative_to(readme.parent).as_posix() for path in results.glob("*.png")}
-    assert {Path(link).name for link in linked} >= {"x86.png", "z9000.png", "z9000-layers.png"}
+    # Every page and picture is linked and lies where the link says.
+    folder = results.relative_to(readme.parent).as_posix()
+    linked = re.findall(r"\]\((.*?)\)", readme.read_text("utf-8"))
+    names = ("z9000.png", "z9000.md", "x86.png", "x86.md")
+    assert linked == [f"{folder}/{name}" for name in names]
+    text = "".join((results / name).read_text("utf-8") for name in ("x86.md", "z9000.md"))
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert set(shown) == {path.name for path in results.glob("*.png")}
+    assert {"x86.png", "z9000.png", "z9000-layers.png", "z9000-roofline.png"} <= set(shown)
     assert figures.digest_of_picture(results / "z9000.png") == figures.digest(small())
 
 
@@ -500,10 +541,18 @@ def test_check_of_what_was_rendered(rendered, capsys):
 def test_check_finds_a_readme_that_was_edited(rendered, capsys):
     readme, run = rendered.readme, rendered.run
     text = readme.read_text("utf-8")
-    assert text.count("8.50x") == 2
+    assert "8.50x" in text
     readme.write_text(text.replace("8.50x", "9.50x", 1), "utf-8")
     assert run("--check") == 1
     assert capsys.readouterr().err == f"{readme} is out of date: run scripts/render_results.py\n"
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("# Another")])
+def test_check_finds_a_page_that_is_missing_or_was_edited(rendered, change, capsys):
+    change(rendered.results / "h100.md")
+    assert rendered.run("--check") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{rendered.results / 'h100.md'} is out of date")
 
 
 def test_check_ignores_what_is_outside_the_markers(rendered):
@@ -513,14 +562,14 @@ def test_check_ignores_what_is_outside_the_markers(rendered):
 
 
 def test_check_finds_pictures_that_are_of_another_result(rendered, capsys):
-    """Here of one whose tables are the same."""
+    """Here of one whose tables are the same; the page says the command."""
     results, run = rendered.results, rendered.run
     write(results / "h100.json", small(command="another"))
     assert run("--check") == 1
     out_of_date = capsys.readouterr().err
     assert out_of_date.splitlines() == [
         f"{results / name} is out of date: run scripts/render_results.py"
-        for name in ("h100.png", "h100-layers.png", "h100-roofline.png")
+        for name in ("h100.png", "h100-layers.png", "h100-roofline.png", "h100.md")
     ]
     assert run() == 0
     assert run("--check") == 0
