@@ -167,8 +167,10 @@ def _heading(result: dict[str, Any]) -> str:
     model, settings, noise = result["model"], result["settings"], result["noise"]
     cuda = result["device"] == "cuda"
     precision = "TF32 off, cudnn.benchmark on" if cuda else "wall time"
+    weights = "" if model["pretrained"] else ", random weights"
     sentences = [
-        f"{_text(model['name'])}, {'x'.join(map(str, model['input']))}, on {_text(where(result))}.",
+        f"{_text(model['name'])}{weights}, {'x'.join(map(str, model['input']))}, on "
+        f"{_text(where(result))}.",
         f"Medians of {settings['rounds']} interleaved rounds (10 %{_NONE}90 %), each of at least "
         f"{1e3 * settings['min_time_s']:g} ms; {precision}; caches "
         f"{_text(settings['caches'])}.",

@@ -220,7 +220,7 @@ def test_missing_rival_is_named_with_the_way_to_get_it(render):
 @pytest.mark.parametrize(
     "part",
     [
-        "some_net, 224x192, on GPU 9000",
+        "some_net, random weights, 224x192, on GPU 9000",
         "1980 MHz",
         "driver 600.1",
         "torch 2.99, CUDA 13.9, cuDNN 9.99",
@@ -239,6 +239,11 @@ def test_heading_on_a_cpu(render):
     assert "on CPU 1, 2 threads; torch 2.99; commit 012345678, 2030-01-02." in heading
     assert "wall time" in heading
     assert "cudnn" not in heading
+
+
+def test_heading_says_whether_weights_are_random(render):
+    model = bench_results.result()["model"] | {"pretrained": True}
+    assert "some_net, 224x192, on" in render(bench_results.result(model=model))
 
 
 @pytest.mark.parametrize(
@@ -425,7 +430,7 @@ def test_names_of_others_do_not_break_the_tables(render_page):
     model = bench_results.result()["model"] | {"name": "<b>net</b>"}
     text = render_page(with_layers(*layers, totals=[bench_results.total()], model=model))
     assert "| a\\|b &lt;c> \\*d\\* | `inverted_residual` | 5.0 |" in text
-    assert "\n&lt;b>net&lt;/b>, 224x192, on" in text
+    assert "\n&lt;b>net&lt;/b>, random weights, 224x192, on" in text
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -502,7 +507,7 @@ def test_readme_between_the_markers_is_rewritten(files):
     )
     assert "old" not in lines
     # The GPU comes first, whatever the names.
-    headings = [i for i, line in enumerate(lines) if line.startswith("some_net, 224x192")]
+    headings = [i for i, line in enumerate(lines) if line.startswith("some_net, ")]
     assert "GPU 9000" in lines[headings[0]]
     assert "CPU 1" in lines[headings[1]]
     # Every page and picture is linked and lies where the link says.
