@@ -12,10 +12,11 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch_mbv2.cli import output
 from torch_mbv2.errors import Error
 from torch_mbv2.measure import baseline, contenders, figures
 from torch_mbv2.measure.conditions import where
@@ -264,44 +265,36 @@ def _contenders(result: dict[str, Any]) -> Iterator[str]:
     )
 
 
-_Cell = Callable[[dict[str, Any]], str]
-
-
-def _number(key: str, form: str, unit: str = "") -> _Cell:
-    return lambda row: "" if row[key] is None else f"{row[key]:{form}}{unit}"
-
-
-_TOTALS: dict[str, _Cell] = {
+_TOTALS: dict[str, output.Cell] = {
     "dtype": lambda row: row["dtype"],
-    "batch": _number("batch", "d"),
-    "us": _number("us", ".1f"),
-    "stock us": _number("stock_us", ".1f"),
-    "untuned us": _number("heuristic_us", ".1f"),
-    "ratio": _number("geometric_mean", ".2f", "x"),
-    "untuned ratio": _number("heuristic_geometric_mean", ".2f", "x"),
+    "batch": output.number("batch", "d"),
+    "us": output.number("us", ".1f"),
+    "stock us": output.number("stock_us", ".1f"),
+    "untuned us": output.number("heuristic_us", ".1f"),
+    "ratio": output.number("geometric_mean", ".2f", "x"),
+    "untuned ratio": output.number("heuristic_geometric_mean", ".2f", "x"),
 }
-_LAYERS: dict[str, _Cell] = {
+_LAYERS: dict[str, output.Cell] = {
     "layer": lambda row: _text(row["layer"]),
     "kernel": lambda row: f"`{row['kernel']}`",
     "us": lambda row: f"{row['us']:.1f}" + " **DISAGREES**" * (not row["agrees"]),
     "stock us": lambda row: (
         f"{row['stock_us']:.1f}" + " (**disagrees**)" * (not row["stock_agrees"])
     ),
-    "untuned us": _number("heuristic_us", ".1f"),
-    "ratio": _number("ratio", ".2f", "x"),
-    "untuned ratio": _number("heuristic_ratio", ".2f", "x"),
-    "GB/s": _number("gb_per_s", ".0f"),
-    "TFLOP/s": _number("tflop_per_s", ".1f"),
-    "of floor": _number("of_floor", ".2f"),
-    "stock of floor": _number("stock_of_floor", ".2f"),
+    "untuned us": output.number("heuristic_us", ".1f"),
+    "ratio": output.number("ratio", ".2f", "x"),
+    "untuned ratio": output.number("heuristic_ratio", ".2f", "x"),
+    "GB/s": output.number("gb_per_s", ".0f"),
+    "TFLOP/s": output.number("tflop_per_s", ".1f"),
+    "of floor": output.number("of_floor", ".2f"),
+    "stock of floor": output.number("stock_of_floor", ".2f"),
     "caches": lambda row: row["caches"],
 }
 
 
-def _table_of(columns: dict[str, _Cell], rows: Sequence[dict[str, Any]]) -> str:
+def _table_of(columns: dict[str, output.Cell], rows: Sequence[dict[str, Any]]) -> str:
     """A line for each row, without the columns that say nothing: what cuDNN does on a CPU, say."""
-    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
-    cells = {name: column for name, column in cells.items() if any(column)}
+    cells = output.cells(columns, rows)
     words = ("dtype", "layer", "kernel", "caches")
     return _table(list(cells), list(zip(*cells.values(), strict=True)), words)
 

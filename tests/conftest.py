@@ -28,9 +28,9 @@ def exact_stock(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
-    """For models that are too small for more."""
+    """For models that are too small for more: threads would mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -24,13 +24,7 @@ CEILINGS = Ceilings(1e10, {"float32": 1e11, "float16": 1e11, "bfloat16": 1e11})
 FAST = {"rounds": 1, "min_time": 0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More would, in layers this small, wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def image(*shape, scale=1.0):

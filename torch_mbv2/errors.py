@@ -17,6 +17,11 @@ class UnavailableError(Error):
     """An optional package or device that the request needs is missing."""
 
 
+def first_line(error: Exception) -> str:
+    """Of its message, or its type if it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether there was too little memory, on a GPU or for PyTorch on a CPU."""
     # What PyTorch cannot allocate on a CPU has no type of its own.

@@ -11,7 +11,7 @@ import argparse
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -148,12 +148,7 @@ def run(args: argparse.Namespace) -> int:
     result = {
         "schema": 2,
         **header("bench", args.command, device),
-        "model": {
-            "name": model.info.name,
-            "weights": model.info.weights,
-            "pretrained": model.info.pretrained,
-            "input": list(model.size),
-        },
+        "model": model.facts(),
     }
     if old is not None:
         baseline.require_alike(result, old, args.baseline)
@@ -222,11 +217,13 @@ def run(args: argparse.Namespace) -> int:
             output.emit(args.json, result, lambda: _print(result))
             raise
     output.emit(args.json, result, lambda: _print(result))
-    if args.plot is not None:
-        for path in figures.save(figures.draw_all(result), args.plot):
-            output.note(f"wrote {path}")
-    if args.report is not None:
-        output.note(f"wrote {page.write(result, args.report)}")
+    if args.plot is not None or args.report is not None:
+        pictures = figures.draw_all(result)
+        if args.plot is not None:
+            for path in figures.save(pictures, args.plot):
+                output.note(f"wrote {path}")
+        if args.report is not None:
+            output.note(f"wrote {page.write(result, args.report, pictures)}")
     slower = old is not None and result["baseline"]["slower"] > 0
     return 0 if result["agree"] and not slower else 1
 
@@ -348,67 +345,58 @@ def _print(result: dict[str, Any]) -> None:
         )
 
 
-_Cell = Callable[[dict[str, Any]], str]
-
-
-def _word(key: str) -> _Cell:
+def _word(key: str) -> output.Cell:
     return lambda row: str(row[key])
 
 
-def _number(key: str, form: str) -> _Cell:
-    return lambda row: "" if row[key] is None else format(row[key], form)
+def _times(key: str) -> output.Cell:
+    return output.number(key, ".2f", "x")
 
 
-def _times(key: str) -> _Cell:
-    return lambda row: "" if row[key] is None else f"{row[key]:.2f}x"
-
-
-def _agrees(row: dict[str, Any]) -> str:
+def _agrees(row: Mapping[str, Any]) -> str:
     return {True: "yes", False: "NO", None: ""}[row["agrees"]]
 
 
 _WORDS = ("dtype", "contender", "agrees", "layer", "kernel", "caches", "stock agrees")
-_NETWORK: dict[str, _Cell] = {
+_NETWORK: dict[str, output.Cell] = {
     "dtype": _word("dtype"),
     "batch": _word("batch"),
     "contender": _word("contender"),
-    "ms": _number("median_ms", ".3f"),
-    "10%": _number("p10_ms", ".3f"),
-    "90%": _number("p90_ms", ".3f"),
-    "img/s": _number("images_per_s", ".0f"),
-    "first call s": _number("first_call_s", ".2f"),
-    "peak MiB": _number("peak_mib", ".0f"),
+    "ms": output.number("median_ms", ".3f"),
+    "10%": output.number("p10_ms", ".3f"),
+    "90%": output.number("p90_ms", ".3f"),
+    "img/s": output.number("images_per_s", ".0f"),
+    "first call s": output.number("first_call_s", ".2f"),
+    "peak MiB": output.number("peak_mib", ".0f"),
     "patched is": _times("over_patched"),
     "as CUDA graph": _times("over_patched_cudagraph"),
-    "error": _number("relative_l2", ".1e"),
+    "error": output.number("relative_l2", ".1e"),
     "agrees": _agrees,
 }
-_LAYERS: dict[str, _Cell] = {
+_LAYERS: dict[str, output.Cell] = {
     "layer": _word("layer"),
     "kernel": _word("kernel"),
-    "us": _number("us", ".2f"),
-    "10%": _number("p10_us", ".2f"),
-    "90%": _number("p90_us", ".2f"),
-    "stock us": _number("stock_us", ".2f"),
-    "untuned us": _number("heuristic_us", ".2f"),
+    "us": output.number("us", ".2f"),
+    "10%": output.number("p10_us", ".2f"),
+    "90%": output.number("p90_us", ".2f"),
+    "stock us": output.number("stock_us", ".2f"),
+    "untuned us": output.number("heuristic_us", ".2f"),
     "ratio": _times("ratio"),
     "untuned": _times("heuristic_ratio"),
-    "GB/s": _number("gb_per_s", ".0f"),
-    "TFLOP/s": _number("tflop_per_s", ".2f"),
-    "of floor": _number("of_floor", ".2f"),
-    "stock of floor": _number("stock_of_floor", ".2f"),
+    "GB/s": output.number("gb_per_s", ".0f"),
+    "TFLOP/s": output.number("tflop_per_s", ".2f"),
+    "of floor": output.number("of_floor", ".2f"),
+    "stock of floor": output.number("stock_of_floor", ".2f"),
     "caches": _word("caches"),
-    "error": _number("relative_l2", ".1e"),
-    "stock's": _number("stock_relative_l2", ".1e"),
+    "error": output.number("relative_l2", ".1e"),
+    "stock's": output.number("stock_relative_l2", ".1e"),
     "agrees": _agrees,
     "stock agrees": lambda row: "yes" if row["stock_agrees"] else "NO",
 }
 
 
-def _print_table(columns: dict[str, _Cell], rows: Sequence[dict[str, Any]]) -> None:
-    # A column that says nothing here (memory on a CPU, say) is left out.
-    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
-    cells = {name: column for name, column in cells.items() if any(column)}
+def _print_table(columns: dict[str, output.Cell], rows: Sequence[dict[str, Any]]) -> None:
+    cells = output.cells(columns, rows)
     output.print_table(
         list(cells),
         list(zip(*cells.values(), strict=True)),

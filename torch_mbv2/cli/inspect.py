@@ -72,7 +72,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_mbv2 import ops
 from torch_mbv2.cli import models, output
-from torch_mbv2.errors import ModelError
+from torch_mbv2.errors import ModelError, first_line
 from torch_mbv2.mobilenet import MobileNetV2
 from torch_mbv2.modules import Swapped, _FusedBlock
 from torch_mbv2.patch import (
@@ -121,10 +121,9 @@ def run(args: argparse.Namespace) -> int:
             f"the images, which are not computed ({error.func})"
         ) from error
     except Exception as error:  # the code of a model may raise anything
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
             f"{args.model}: the model cannot be run on {args.dtype} images of shape {shape}: "
-            f"{first}"
+            f"{first_line(error)}"
         ) from error
     patched = {level: patch(module, level=level) for level in LEVELS}
     runs = {"stock": stock}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_mbv2.cli import output
-from torch_mbv2.errors import Error, ModelError, UnavailableError, is_out_of_memory
+from torch_mbv2.errors import Error, ModelError, UnavailableError, first_line, is_out_of_memory
 from torch_mbv2.mobilenet import MobileNetV2
 from torch_mbv2.sources import ModelInfo, load_model
 
@@ -63,6 +63,15 @@ class ImageModel:
             return images.to(dtype)
         info = torch.iinfo(self.info.input_dtype)
         return images.round().clamp(info.min, info.max).to(self.info.input_dtype)
+
+    def facts(self) -> dict[str, Any]:
+        """What the JSON of a measurement says of it."""
+        return {
+            "name": self.info.name,
+            "weights": self.info.weights,
+            "pretrained": self.info.pretrained,
+            "input": list(self.size),
+        }
 
     def case_batch(self, wanted: int | None) -> int:
         """The batch size for `--batch`, by default 1 or the only one that the model takes. Raises
@@ -241,9 +250,8 @@ def running_on(images: Tensor) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
-            f"the model cannot be run on {dtype} images of shape {shape}: {first}"
+            f"the model cannot be run on {dtype} images of shape {shape}: {first_line(error)}"
         ) from error
 
 
@@ -295,8 +303,7 @@ class OnnxRuntime(nn.Module):
 
     @staticmethod
     def _failed(path: str, error: Exception) -> ModelError:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        return ModelError(f"{path}: ONNX Runtime cannot run it: {first}")
+        return ModelError(f"{path}: ONNX Runtime cannot run it: {first_line(error)}")
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         wanted = self.input.shape

@@ -59,6 +59,22 @@ def aligned(
     return "\n".join([render(lines[0]), rule, *map(render, lines[1:])])
 
 
+Cell = Callable[[Mapping[str, Any]], str]
+"""What makes the text of a cell of a row as JSON has it."""
+
+
+def number(key: str, form: str, unit: str = "") -> Cell:
+    """The number of that key, formatted, with its unit; nothing for None."""
+    return lambda row: "" if row[key] is None else f"{row[key]:{form}}{unit}"
+
+
+def cells(columns: Mapping[str, Cell], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The cells of each column, one a row, without the columns that say nothing: memory on a CPU,
+    say."""
+    found = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    return {name: column for name, column in found.items() if any(column)}
+
+
 def print_pairs(pairs: Mapping[str, str]) -> None:
     """Print names and their values, one a line."""
     if sys.stdout.isatty():

@@ -122,12 +122,7 @@ def run(args: argparse.Namespace) -> int:
             "stock": "eager, in its own memory format, batch norms apart",
             "images": f"noise, {batch} different ones",
         },
-        "model": {
-            "name": model.info.name,
-            "weights": model.info.weights,
-            "pretrained": model.info.pretrained,
-            "input": list(model.size),
-        },
+        "model": model.facts(),
         "report": {"summary": summary.summary(), "note": summary.note},
         "dtype": args.dtype,
         "batch": batch,

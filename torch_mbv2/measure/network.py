@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_mbv2 import testing
-from torch_mbv2.errors import is_out_of_memory
+from torch_mbv2.errors import first_line, is_out_of_memory
 from torch_mbv2.measure.conditions import dtype_of
 from torch_mbv2.measure.contenders import CONTENDERS, PATCHED, Ready, Work
 
@@ -84,7 +84,7 @@ def _rows(
         except Exception as error:  # what others have written may raise anything
             if name == "patched" and not is_out_of_memory(error):
                 raise
-            facts[name] = {"skipped": _first_line(error)}
+            facts[name] = {"skipped": NO_MEMORY if is_out_of_memory(error) else first_line(error)}
             _free()
     with _fixed(ready):
         timings = testing.time_interleaved(
@@ -195,12 +195,6 @@ def agreement(logits: Tensor, yardstick: Yardstick) -> dict[str, Any]:
         and wrong == 0
         and logits.dtype == stock.dtype,
     }
-
-
-def _first_line(error: Exception) -> str:
-    if is_out_of_memory(error):
-        return NO_MEMORY
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _free() -> None:

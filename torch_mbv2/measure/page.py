@@ -8,11 +8,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch_mbv2.errors import Error
 from torch_mbv2.measure import baseline, figures
 from torch_mbv2.measure.conditions import check_target, where
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -60,20 +63,23 @@ def target(directory: str | Path) -> Path:
     return Path(directory) / "index.html"
 
 
-def write(result: Result, directory: str | Path) -> Path:
+def write(
+    result: Result, directory: str | Path, pictures: Mapping[str, Figure] | None = None
+) -> Path:
     """Write the page to index.html in a directory, which is made if it is missing, and return the
     file's path.
 
-    result: as bench.schema.json has it. Raises UnavailableError if matplotlib is not installed.
+    result: as bench.schema.json has it. pictures: its `figures.draw_all`, if they are drawn.
+    Raises UnavailableError if matplotlib is not installed.
     """
-    text = _render(result)
+    text = _render(result, figures.draw_all(result) if pictures is None else pictures)
     path = target(directory)
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def _render(result: Result) -> str:
+def _render(result: Result, pictures: Mapping[str, Figure]) -> str:
     import jinja2  # only who asks for a page waits for it
 
     environment = jinja2.Environment(
@@ -83,15 +89,15 @@ def _render(result: Result) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pictures = {
+    encoded = {
         _ALTS[name]: base64.b64encode(figures.png(figure)).decode()
-        for name, figure in figures.draw_all(result).items()
+        for name, figure in pictures.items()
     }
     return environment.get_template("page.html.j2").render(
         result=result,
         where=where(result),
         facts=_facts(result),
-        pictures=pictures,
+        pictures=encoded,
         rivals=_rivals(result),
         network=_network(result),
         layers=_layers(result),
