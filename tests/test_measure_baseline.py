@@ -97,6 +97,62 @@ def test_layer_counts_and_is_shown_if_it_changed(us, slower, shown):
     assert all(line["row"] == "features.2 (block)" for line in lines(found))
 
 
+@pytest.mark.parametrize(
+    ("us", "slower", "faster"),
+    [(2.0, False, False), (2.25, False, False), (2.35, True, False), (1.65, False, True)],
+)
+def test_small_kernels_differ_from_run_to_run(us, slower, faster):
+    """By 0.2 us with the same code, far beyond the noise within a run."""
+    found = baseline.compare(run(layers=[layer(us)]), run(layers=[layer(2.0)]))
+    (row,) = found["rows"]
+    assert (row["slower"], row["faster"]) == (slower, faster)
+
+
+@pytest.mark.parametrize(
+    ("eager", "patched", "counts"),
+    [
+        pytest.param({"ms": 1.5}, {"ms": 1.52}, False, id="the host is slower"),
+        pytest.param({"ms": 0.6}, {"ms": 0.6}, False, id="the host is faster"),
+        pytest.param({"ms": 1.5}, {"ms": 1.7}, True, id="slower than that"),
+        pytest.param({"ms": 1.5, "spread": 0.2}, {"ms": 1.7}, False, id="as far as noise can tell"),
+        pytest.param({"ms": 1.0}, {"ms": 1.5}, True, id="the host is the same"),
+        pytest.param({"ms": 1.3, "spread": 0.4}, {"ms": 1.3}, True, id="eager is noisy"),
+        pytest.param({"ms": 0.6}, {"ms": 1.5}, True, id="the host is faster, patched slower"),
+        pytest.param(None, {"ms": 1.5}, True, id="no eager"),
+        pytest.param({"ms": 1.5}, {"ms": 1.0}, True, id="only eager is slower"),
+    ],
+)
+def test_slower_host(eager, patched, counts):
+    """What is called from Python counts beyond the change of eager, which is none of our code."""
+
+    def rows(eager, patched):
+        return [network(**patched, contender="patched")] + (
+            [] if eager is None else [network(**eager, contender="eager")]
+        )
+
+    old = run(rows({"ms": 1.0}, {"ms": 1.0}))
+    found = baseline.compare(run(rows(eager, patched)), old)
+    row = found["rows"][0]
+    assert (row["contender"], row["counts"]) == ("patched", counts)
+    assert found["slower"] == int(counts and patched["ms"] > 1)
+    if counts:
+        assert found["comparable"] == []
+    else:
+        (sentence,) = found["comparable"]
+        word = "slower" if patched["ms"] > 1 else "faster"
+        assert sentence == (
+            "patched does not count for float16 at batch 1: eager, called from Python like it, is "
+            f"{word}, too"
+        )
+        assert lines(found)[0]["verdict"] == ("slower, not counted" if word == "slower" else word)
+
+
+def test_slower_host_excuses_no_cuda_graph_and_no_other_case():
+    new = [network(1.5), network(1.5, "eager"), network(1.5, "patched", batch=8)]
+    old = [network(1.0), network(1.0, "eager"), network(1.0, "patched", batch=8)]
+    assert baseline.compare(run(new), run(old))["slower"] == 2
+
+
 def test_stock_side_of_a_layer_does_not_count():
     slow = layer(5.0, stock_us=50.0, stock_p10_us=49.0, stock_p90_us=51.0, ratio=10.0)
     assert baseline.compare(run(layers=[slow]), run(layers=[layer(5.0)]))["slower"] == 0

@@ -1,12 +1,14 @@
 """Two runs of `bench`: what became slower, what became faster, and what counts.
 
 A row is slower if its median is more than 5 % longer and that is beyond noise: the samples of the
-two runs, between their 10 % and 90 % quantiles, do not overlap. The same the other way round is
-faster.
+two runs, between their 10 % and 90 % quantiles, do not overlap, and the medians differ by more than
+`RESOLUTION_US`. The same the other way round is faster.
 
 Only our own times count as a failure: those of the patched contenders and of our side of each
 layer. Rivals are compared and marked too, but cuDNN chooses its algorithms anew in each process, so
-their times differ by up to 20 % between two runs of the same code.
+their times differ by up to 20 % between two runs of the same code. `patched` is called from Python,
+and so depends on the host: where `eager`, of which no line is ours, is slower as well, `patched`
+counts only if it has become slower than that.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +27,9 @@ from torch_mbv2.measure.contenders import PATCHED
 
 SLOWER = 1.05
 """The ratio of two medians that is more than the same code shows on a quiet machine."""
+RESOLUTION_US = 0.3
+"""No smaller difference counts. Kernels of 2 us differ by up to 0.21 us, 10 %, between runs of the
+same code on H100s, and hardly within a run."""
 
 _SCHEMA = Path(__file__).with_name("bench.schema.json")
 _LONGEST_RULE = 160
@@ -126,6 +131,35 @@ def _cause(errors: Iterator[Any]) -> Any:
 
 
 @dataclass(frozen=True)
+class _Change:
+    """From a time of the old run to the same of the new one.
+
+    Attributes:
+        ratio: new median / old median.
+        low, high: the same of the samples, between their 10 % and 90 % quantiles.
+        us: new median - old median.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    us: float
+
+    @property
+    def slower(self) -> bool:
+        return self.ratio > SLOWER and self.low > 1 and self.us > RESOLUTION_US
+
+    @property
+    def faster(self) -> bool:
+        return self.ratio < 1 / SLOWER and self.high < 1 and -self.us > RESOLUTION_US
+
+    def like(self, other: _Change) -> bool:
+        """Whether both are slower, or faster, and that by as much, as far as noise can tell."""
+        same = (self.slower and other.slower) or (self.faster and other.faster)
+        return same and self.low <= other.high and self.high >= other.low
+
+
+@dataclass(frozen=True)
 class _Kind:
     """A list of timed rows in a result: its name, what a row is known by, and its time."""
 
@@ -137,7 +171,20 @@ class _Kind:
     def by_key(self, result: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
         return {tuple(row[name] for name in self.key): row for row in result[self.name]}
 
+    def change(self, new: dict[str, Any], old: dict[str, Any]) -> _Change | None:
+        """None if a run skipped it."""
+        if "skipped" in new or "skipped" in old:
+            return None
+        p10, p90 = f"p10_{self.unit}", f"p90_{self.unit}"
+        return _Change(
+            ratio=new[self.median] / old[self.median],
+            low=new[p10] / old[p90],
+            high=new[p90] / old[p10],
+            us=(new[self.median] - old[self.median]) * _US[self.unit],
+        )
 
+
+_US = {"ms": 1e3, "us": 1.0}
 _KINDS = (
     _Kind("rows", ("dtype", "batch", "contender"), "median_ms", "ms"),
     _Kind("layers", ("dtype", "batch", "level", "layer"), "us", "us"),
@@ -173,11 +220,12 @@ def compare(new: dict[str, Any], old: dict[str, Any], path: str | None = None) -
         mine, theirs = kind.by_key(new), kind.by_key(old)
         only_new += [_words(key) for key in mine if key not in theirs]
         only_old += [_words(key) for key in theirs if key not in mine]
-        rows += [
-            _compare_row(kind, row, theirs[key])
-            for key, row in mine.items()
-            if key in theirs and not ("skipped" in row and "skipped" in theirs[key])
-        ]
+        pairs = {key: (row, theirs[key]) for key, row in mine.items() if key in theirs}
+        changes = {key: kind.change(*pair) for key, pair in pairs.items()}
+        for key, pair in pairs.items():
+            if any("skipped" not in row for row in pair):
+                control = changes.get((*key[:-1], "eager")) if key[-1] == "patched" else None
+                rows.append(_compare_row(kind, *pair, changes[key], control))
     if not rows:
         raise Error(
             f"the runs have nothing in common that could be compared: this one timed {_span(new)}, "
@@ -187,7 +235,7 @@ def compare(new: dict[str, Any], old: dict[str, Any], path: str | None = None) -
         "path": path,
         "date": old["date"],
         "commit": old["environment"]["commit"],
-        "comparable": _differences(new, old),
+        "comparable": [*_differences(new, old), *_of_host(rows)],
         "rows": rows,
         "only_new": only_new,
         "only_old": only_old,
@@ -209,23 +257,26 @@ def _span(result: dict[str, Any]) -> str:
     return f"{' and '.join(dtypes)} at batch {', '.join(batches)}"
 
 
-def _compare_row(kind: _Kind, new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    p10, p90 = f"p10_{kind.unit}", f"p90_{kind.unit}"
-    ratio, slower, faster = None, False, False
-    if "skipped" not in new and "skipped" not in old:
-        ratio = new[kind.median] / old[kind.median]
-        slower = ratio > SLOWER and new[p10] > old[p90]
-        faster = ratio < 1 / SLOWER and new[p90] < old[p10]
+def _compare_row(
+    kind: _Kind,
+    new: dict[str, Any],
+    old: dict[str, Any],
+    change: _Change | None,
+    control: _Change | None,
+) -> dict[str, Any]:
+    """control: the change of what is not our code and depends on the host as this row does."""
+    ours = kind.name == "layers" or new["contender"] in PATCHED
+    of_host = change is not None and control is not None and change.like(control)
     return {
         **{name: new[name] for name in kind.key},
         kind.unit: new.get(kind.median),
         f"old_{kind.unit}": old.get(kind.median),
-        "ratio": ratio,
-        "slower": slower,
-        "faster": faster,
+        "ratio": None if change is None else change.ratio,
+        "slower": change is not None and change.slower,
+        "faster": change is not None and change.faster,
         "skipped": new.get("skipped"),
         "old_skipped": old.get("skipped"),
-        "counts": kind.name == "layers" or new["contender"] in PATCHED,
+        "counts": ours and not of_host,
     }
 
 
@@ -276,6 +327,16 @@ def _differences(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
     if changed:
         sentences.append(f"caches: cold in one run and warm in the other for {changed} layers")
     return sentences
+
+
+def _of_host(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence for each time of ours that does not count."""
+    return [
+        f"{row['contender']} does not count for {row['dtype']} at batch {row['batch']}: eager, "
+        f"called from Python like it, is {'slower' if row['slower'] else 'faster'}, too"
+        for row in rows
+        if row.get("contender") in PATCHED and not row["counts"]
+    ]
 
 
 # -------------------------------------------------------------------------------------- printing
