@@ -125,7 +125,8 @@ def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
 
 def run(args: argparse.Namespace) -> int:
     """Print a row for each contender, and what else is asked for; 1 if a patched model does not
-    agree with stock, or is slower than the baseline.
+    agree with stock, or is slower than the baseline; 130 if interrupted, after the same for what
+    was measured until then.
 
     `--json` writes what bench.schema.json describes.
     """
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     missing = {name: CONTENDERS[name].missing(device) for name in args.rivals}
     names = [name for name, why in missing.items() if why is None]
     names += [name for name in PATCHED if CONTENDERS[name].missing(device) is None]
-    rows, layer_rows, totals, found = [], [], [], None
+    rows, layer_rows, totals, found, interrupted = [], [], [], None, False
     steps = len(names) + args.rounds
     with exact_settings():
         ceiling = None
@@ -166,21 +167,28 @@ def run(args: argparse.Namespace) -> int:
             with models.running_on(images):
                 steps += layers.count_layers(plain, images)
         with output.progress("loading", len(dtypes) * len(batches) * steps) as advance:
-            for dtype in dtypes:
-                stock = model.to(device, models.DTYPES[dtype])
-                found = report(patch(stock))
-                images = model.noise(IMAGES, models.DTYPES[dtype]).to(device)
-                yardstick = in_new_thread(functools.partial(_yardstick, stock, images, model.batch))
-                for batch in batches:
-                    work = functools.partial(_work, stock, images, batch, model.channels_last)
-                    timed, *more = _bench(work, yardstick, names, ceiling, args, advance)
-                    # Too large a batch ends no run: what was measured before is not lost.
-                    rows += timed or [
-                        {"dtype": dtype, "batch": batch, "contender": name, "skipped": NO_MEMORY}
-                        for name in names
-                    ]
-                    layer_rows += more[0]
-                    totals += more[1]
+            try:
+                for dtype in dtypes:
+                    stock = model.to(device, models.DTYPES[dtype])
+                    found = report(patch(stock))
+                    images = model.noise(IMAGES, models.DTYPES[dtype]).to(device)
+                    yardstick = in_new_thread(
+                        functools.partial(_yardstick, stock, images, model.batch)
+                    )
+                    for batch in batches:
+                        work = functools.partial(_work, stock, images, batch, model.channels_last)
+                        timed, *more = _bench(work, yardstick, names, ceiling, args, advance)
+                        # Too large a batch ends no run, either.
+                        case = {"dtype": dtype, "batch": batch}
+                        rows += timed or [
+                            {**case, "contender": name, "skipped": NO_MEMORY} for name in names
+                        ]
+                        layer_rows += more[0]
+                        totals += more[1]
+            except KeyboardInterrupt:  # what was measured before is not lost
+                if not rows:
+                    raise
+                interrupted = True
     if all("skipped" in row for row in rows if row["contender"] in PATCHED):
         sizes = ", ".join(map(str, batches))
         raise Error(f"the patched model has {NO_MEMORY} for any of these batch sizes: {sizes}")
@@ -224,6 +232,10 @@ def run(args: argparse.Namespace) -> int:
                 output.note(f"wrote {path}")
         if args.report is not None:
             output.note(f"wrote {page.write(result, args.report, pictures)}")
+    if interrupted:
+        done = len({(row["dtype"], row["batch"]) for row in rows})
+        output.note(f"interrupted: {done} of {len(dtypes) * len(batches)} cases were measured")
+        return 130
     slower = old is not None and result["baseline"]["slower"] > 0
     return 0 if result["agree"] and not slower else 1
 
