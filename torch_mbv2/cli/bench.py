@@ -25,7 +25,7 @@ from torch_mbv2.measure.conditions import exact_settings, header, noise, where
 from torch_mbv2.measure.contenders import CONTENDERS, PATCHED, RIVALS, Work, in_new_thread
 from torch_mbv2.measure.environment import clocks
 from torch_mbv2.measure.network import NO_MEMORY, Yardstick, bench_network
-from torch_mbv2.patch import patch, report
+from torch_mbv2.patch import Report, patch, report
 
 HELP = "time a patched model against stock PyTorch and other engines, and check that all agree"
 EXAMPLE = "bench torchvision:mobilenet_v2 --batches 1,32 --dtypes float32,float16 --layers"
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     missing = {name: CONTENDERS[name].missing(device) for name in args.rivals}
     names = [name for name, why in missing.items() if why is None]
     names += [name for name in PATCHED if CONTENDERS[name].missing(device) is None]
-    rows, layer_rows, totals, found, interrupted = [], [], [], None, False
+    rows, layer_rows, totals, found = [], [], [], None
     steps = len(names) + args.rounds
     with exact_settings():
         ceiling = None
@@ -167,30 +167,18 @@ def run(args: argparse.Namespace) -> int:
             with models.running_on(images):
                 steps += layers.count_layers(plain, images)
         with output.progress("loading", len(dtypes) * len(batches) * steps) as advance:
+            measured = _measure(model, device, dtypes, batches, names, ceiling, args, advance)
             try:
-                for dtype in dtypes:
-                    stock = model.to(device, models.DTYPES[dtype])
-                    found = report(patch(stock))
-                    images = model.noise(IMAGES, models.DTYPES[dtype]).to(device)
-                    yardstick = in_new_thread(
-                        functools.partial(_yardstick, stock, images, model.batch)
-                    )
-                    for batch in batches:
-                        work = functools.partial(_work, stock, images, batch, model.channels_last)
-                        timed, *more = _bench(work, yardstick, names, ceiling, args, advance)
-                        # Too large a batch ends no run, either.
-                        case = {"dtype": dtype, "batch": batch}
-                        rows += timed or [
-                            {**case, "contender": name, "skipped": NO_MEMORY} for name in names
-                        ]
-                        layer_rows += more[0]
-                        totals += more[1]
+                for found_now, timed, by_layer, sums in measured:
+                    found = found_now
+                    rows += timed
+                    layer_rows += by_layer
+                    totals += sums
             except KeyboardInterrupt:  # what was measured before is not lost
                 if not rows:
                     raise
-                interrupted = True
     if all("skipped" in row for row in rows if row["contender"] in PATCHED):
-        sizes = ", ".join(map(str, batches))
+        sizes = ", ".join(dict.fromkeys(str(row["batch"]) for row in rows))
         raise Error(f"the patched model has {NO_MEMORY} for any of these batch sizes: {sizes}")
     result |= {
         "clocks": clocks() if device.type == "cuda" else None,
@@ -232,12 +220,40 @@ def run(args: argparse.Namespace) -> int:
                 output.note(f"wrote {path}")
         if args.report is not None:
             output.note(f"wrote {page.write(result, args.report, pictures)}")
-    if interrupted:
-        done = len({(row["dtype"], row["batch"]) for row in rows})
-        output.note(f"interrupted: {done} of {len(dtypes) * len(batches)} cases were measured")
+    done, wanted = len({(row["dtype"], row["batch"]) for row in rows}), len(dtypes) * len(batches)
+    if done < wanted:
+        output.note(f"interrupted: {done} of {wanted} cases were measured")
         return 130
     slower = old is not None and result["baseline"]["slower"] > 0
     return 0 if result["agree"] and not slower else 1
+
+
+_Rows = list[dict[str, Any]]
+
+
+def _measure(
+    model: models.ImageModel,
+    device: torch.device,
+    dtypes: Sequence[str],
+    batches: Sequence[int],
+    names: Sequence[str],
+    ceiling: ceilings.Ceilings | None,
+    args: argparse.Namespace,
+    advance: Callable[[str], None],
+) -> Iterator[tuple[Report, _Rows, _Rows, _Rows]]:
+    """For each dtype and batch size the report of the patched model, and what `_bench` finds. Rows
+    are skipped where there is too little memory: too large a batch ends no run."""
+    for dtype in dtypes:
+        stock = model.to(device, models.DTYPES[dtype])
+        found = report(patch(stock))
+        images = model.noise(IMAGES, models.DTYPES[dtype]).to(device)
+        yardstick = in_new_thread(functools.partial(_yardstick, stock, images, model.batch))
+        for batch in batches:
+            work = functools.partial(_work, stock, images, batch, model.channels_last)
+            rows, layer_rows, totals = _bench(work, yardstick, names, ceiling, args, advance)
+            case = {"dtype": dtype, "batch": batch}
+            skipped = [{**case, "contender": name, "skipped": NO_MEMORY} for name in names]
+            yield found, rows or skipped, layer_rows, totals
 
 
 def _bench(
@@ -247,12 +263,12 @@ def _bench(
     ceiling: ceilings.Ceilings | None,
     args: argparse.Namespace,
     advance: Callable[[str], None],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[_Rows, _Rows, _Rows]:
     """What `bench_network` and, if there is a ceiling, `bench_layers` find; nothing where there is
     too little memory."""
-    rows: list[dict[str, Any]] = []
-    layer_rows: list[dict[str, Any]] = []
-    totals: list[dict[str, Any]] = []
+    rows: _Rows = []
+    layer_rows: _Rows = []
+    totals: _Rows = []
     try:
         work = make_work()
         with models.running_on(work.images):  # what a patched model raises

@@ -235,7 +235,7 @@ def compare(new: dict[str, Any], old: dict[str, Any], path: str | None = None) -
         "path": path,
         "date": old["date"],
         "commit": old["environment"]["commit"],
-        "comparable": [*_differences(new, old), *_of_host(rows)],
+        "comparable": [*_differences(new, old), *_not_counted(rows)],
         "rows": rows,
         "only_new": only_new,
         "only_old": only_old,
@@ -266,7 +266,7 @@ def _compare_row(
 ) -> dict[str, Any]:
     """control: the change of what is not our code and depends on the host as this row does."""
     ours = kind.name == "layers" or new["contender"] in PATCHED
-    of_host = change is not None and control is not None and change.like(control)
+    as_control = change is not None and control is not None and change.like(control)
     return {
         **{name: new[name] for name in kind.key},
         kind.unit: new.get(kind.median),
@@ -276,7 +276,7 @@ def _compare_row(
         "faster": change is not None and change.faster,
         "skipped": new.get("skipped"),
         "old_skipped": old.get("skipped"),
-        "counts": ours and not of_host,
+        "counts": ours and not as_control,
     }
 
 
@@ -329,8 +329,8 @@ def _differences(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _of_host(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for each time of ours that does not count."""
+def _not_counted(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence for each time of ours that does not count, as the host has changed."""
     return [
         f"{row['contender']} does not count for {row['dtype']} at batch {row['batch']}: eager, "
         f"called from Python like it, is {'slower' if row['slower'] else 'faster'}, too"
