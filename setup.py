@@ -216,8 +216,9 @@ def recording(command: type[Command], plan: Plan, *, record: bool) -> type[Comma
 
         def get_source_files(self) -> list[str]:
             """What goes into an sdist: also the headers, and kernels that are not built here."""
-            folders = ("csrc", "scripts", "tests")
-            more = [str(p) for d in folders for p in sorted(Path(d).glob("*.*")) if p.is_file()]
+            patterns = ("csrc/**/*.*", "scripts/*.*", "tests/**/*.*")
+            found = sorted(p for pattern in patterns for p in Path().glob(pattern))
+            more = [str(p) for p in found if p.is_file() and p.suffix != ".pyc"]
             return [*super().get_source_files(), *more]
 
     return Recording
@@ -258,8 +259,8 @@ def extension(plan: Plan) -> tuple[list, dict[str, type[Command]]]:
             return f"{fullname.replace('.', '/')}.so"
 
     # Relative to here: setuptools refuses absolute sources.
-    sources = ["csrc/bindings.cpp", *sorted(str(p) for p in Path("csrc").glob("*.cu"))]
-    headers = sorted(str(p) for p in Path("csrc").glob("*.*h"))
+    sources = sorted(str(p) for kind in ("*.cpp", "*.cu") for p in Path("csrc").rglob(kind))
+    headers = sorted(str(p) for p in Path("csrc").rglob("*.*h"))
     module = cpp_extension.CUDAExtension(
         "torch_mbv2._C",
         sources,

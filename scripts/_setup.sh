@@ -18,7 +18,7 @@ python -c 'import pip' 2>/dev/null || python -m ensurepip > /dev/null
 # Install again only when something that decides the installation changed.
 nvcc=${CUDA_HOME:-/usr/local/cuda}/bin/nvcc
 stamp=$(
-  cat pyproject.toml setup.py csrc/* | cksum
+  find pyproject.toml setup.py csrc -type f | sort | xargs cksum
   ls "$nvcc" 2>/dev/null || echo "no toolkit"
   echo "${TORCH_MBV2_CUDA-} ${TORCH_MBV2_WERROR-} ${TORCH_CUDA_ARCH_LIST-}"
 )
