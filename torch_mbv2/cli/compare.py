@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
         found = None
         if args.bisect and wrong is None:
             found = finding("the answers agree: there is nothing to be found")
-        elif args.bisect:
+        elif args.bisect and wrong is not None:
 
             def judge(candidate: nn.Module) -> list[dict[str, Any]]:
                 answers = outputs(candidate, images, model.batch)
@@ -432,7 +432,7 @@ def _print_layers(layers: dict[str, Any]) -> None:
 
 
 def _layer(row: dict[str, Any]) -> str:
-    return row["layer"] + (f" (call {row['call'] + 1})" if row["call"] else "")
+    return str(row["layer"]) + (f" (call {row['call'] + 1})" if row["call"] else "")
 
 
 def _print_bisect(found: dict[str, Any]) -> None:

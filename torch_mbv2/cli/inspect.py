@@ -383,7 +383,9 @@ class _Dispatches(TorchDispatchMode):
         return result
 
 
-def _named(function: torch._ops.OpOverload, args: Any, kwargs: Any) -> dict[str, Any]:
+def _named(
+    function: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The arguments by the names of the schema."""
     names = [argument.name for argument in function._schema.arguments]
     return dict(zip(names, args, strict=False)) | kwargs
@@ -399,8 +401,8 @@ def _one_by_one(block: dict[str, Any]) -> Tensor:
     x, activation = block["input"], (block["act_min"], block["act_max"])
     if "stem_weight" in block:
         stem = (block["stem_weight"], block["stem_bias"])
-        options = (block["stem_stride"], block["stem_padding"])
-        x = ops.conv2d(x, *stem, *options, activation=activation)
+        window = (block["stem_stride"], block["stem_padding"])
+        x = ops.conv2d(x, *stem, *window, activation=activation)
     elif block["expand_weight"] is not None:
         x = ops.conv2d(x, block["expand_weight"], block["expand_bias"], activation=activation)
     weight, stride = block["depthwise_weight"], block.get("stride", 1)
@@ -542,12 +544,12 @@ def _fates_of_calls(
             yield _fate(folded_into="")
         elif len(doers) != len(calls):
             yield _fate()  # some are folded, but it cannot be told which
-        elif doers[index].module is None:
+        elif not isinstance(module := doers[index].module, Swapped):
             line = lines.get(first.name)
             reason = None if line is None else line.reason
             yield _fate(stock=reason or "no pattern with a kernel matches this call")
-        elif takers[doers[index].module.kind]:
-            yield _fate(kernel=doers[index].module.kernel)
+        elif takers[module.kind]:
+            yield _fate(kernel=module.kernel)
         else:
             yield _fate(folded_into=doers[index].name)
 
@@ -616,8 +618,9 @@ def _number(value: int | None) -> str:
 
 
 def _runs_on(row: dict[str, Any]) -> str:
-    if row["kernel"] is not None:
-        return row["kernel"]
+    kernel: str | None = row["kernel"]
+    if kernel is not None:
+        return kernel
     if row["folded_into"] is not None:
         return f"folded into {row['folded_into']}" if row["folded_into"] else "folded"
     return "" if row["stock"] is None else f"stock: {row['stock']}"
