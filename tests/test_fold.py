@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torch_mbv2 import fold
+from torch_mbv2.weights import fold
 
 
 def _norm(channels: int, affine: bool = True) -> nn.BatchNorm2d:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from torch_mbv2 import mobilenet, ops, packing, testing
+from torch_mbv2 import mobilenet, ops, testing
+from torch_mbv2.weights import packing
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 DEVICES = ["cpu", CUDA]
@@ -478,7 +479,7 @@ ACTIVATED_BLOCKS = [
 def test_the_cases_reach_the_bounds_of_their_activation(case):
     options = {**case.options, "activation": None}
     unbounded = plain(case.op, *case.tensors("cpu", torch.float32), **options)
-    low, high = ops._bounds(case.op, case.options["activation"])
+    low, high = ops.bounds(case.op, case.options["activation"])
     assert low is None or (unbounded < low).any()
     assert high is None or (unbounded > high).any()
     assert ((unbounded > (low or -1e9)) & (unbounded < (high or 1e9))).any()
@@ -486,7 +487,7 @@ def test_the_cases_reach_the_bounds_of_their_activation(case):
 
 @pytest.mark.parametrize("case", ACTIVATED_BLOCKS, ids=str)
 def test_each_layer_of_a_block_reaches_the_bounds_of_its_activation(case):
-    low, high = ops._bounds(case.op, case.options["activation"])
+    low, high = ops.bounds(case.op, case.options["activation"])
     *hidden, _ = layers(case.op, *case.tensors("cpu", torch.float32), **case.options)
     assert len(hidden) == 1 + (case.op != "conv_pool") - (case.shapes[1] is None)
     for unbounded in hidden:
@@ -1340,7 +1341,7 @@ def test_bad_arguments_get_one_sentence(op, change, sentence, kind):
         with pytest.raises(RuntimeError) as caught:
             getattr(RAW, op)(*values)
         with pytest.raises(RuntimeError) as direct:  # as modules call it
-            getattr(ops, f"_{op}")(*values)
+            getattr(ops.raw, op)(*values)
         assert str(direct.value) == str(caught.value)
     wanted = sentence.format(here=device, elsewhere=elsewhere)
     assert str(caught.value).splitlines()[0] == f"torch_mbv2::{op}: {wanted}"

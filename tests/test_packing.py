@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_mbv2 import packing
+from torch_mbv2.weights import packing
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("c++") or shutil.which("g++")

@@ -19,8 +19,9 @@ import torchvision
 from torch import fx, nn
 
 import torch_mbv2
-from torch_mbv2 import modules, packing
+from torch_mbv2 import modules
 from torch_mbv2.modules import FusedConv2d, Swapped
+from torch_mbv2.weights import packing
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fold, ops, packing
+from . import ops
+from .weights import fold, packing
 
 
 class Swapped(nn.Module):
@@ -164,12 +165,12 @@ class FusedConv2d(Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
-        ops._refuse_grad("conv2d", input)
+        ops.refuse_grad("conv2d", input)
         batched = _batched(input)
         padding = self.padding
         if padding is None:
             padding = same_padding(batched, self.kernel_size, self.stride, self.dilation)
-        out = ops._conv2d(
+        out = ops.raw.conv2d(
             batched,
             self.weight,
             self.bias,
@@ -252,8 +253,8 @@ class FusedLinear(Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
-        ops._refuse_grad("linear", input)
-        return ops._linear(input, self.weight, self.bias, self.act_min, self.act_max)
+        ops.refuse_grad("linear", input)
+        return ops.raw.linear(input, self.weight, self.bias, self.act_min, self.act_max)
 
     def extra_repr(self) -> str:
         return (
@@ -388,8 +389,8 @@ class Add(Swapped):
             and input.dtype == other.dtype
             and input.dtype in ops.DTYPES
         ):
-            ops._refuse_grad("add", input, other)
-            return ops._add(input, other, self.act_min, self.act_max)
+            ops.refuse_grad("add", input, other)
+            return ops.raw.add(input, other, self.act_min, self.act_max)
         out = input + other
         if self.act_min is None and self.act_max is None:
             return out
@@ -527,12 +528,12 @@ class FusedInvertedResidual(_FusedBlock):
 
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
-        ops._refuse_grad(self.kind, input)
+        ops.refuse_grad(self.kind, input)
         batched = _batched(input)
         padding = self.padding
         if padding is None:
             padding = same_padding(batched, self.kernel_size, self.stride, (1, 1))
-        out = ops._inverted_residual(
+        out = ops.raw.inverted_residual(
             batched,
             self.expand_weight,
             self.expand_bias,
@@ -627,12 +628,12 @@ class FusedStemBlock(_FusedBlock):
 
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
-        ops._refuse_grad(self.kind, input)
+        ops.refuse_grad(self.kind, input)
         batched = _batched(input)
         stem_padding = self.stem_padding
         if stem_padding is None:
             stem_padding = same_padding(batched, self.stem_kernel_size, self.stem_stride, (1, 1))
-        out = ops._stem_block(
+        out = ops.raw.stem_block(
             batched,
             self.stem_weight,
             self.stem_bias,
@@ -704,12 +705,12 @@ class FusedConvPool(Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
-        ops._refuse_grad(self.kind, input)
+        ops.refuse_grad(self.kind, input)
         arguments = (self.weight, self.bias, self.act_min, self.act_max)
         if input.dim() == 3:
-            pooled = ops._conv_pool(input.unsqueeze(0), *arguments)[0, :, None, None]
+            pooled = ops.raw.conv_pool(input.unsqueeze(0), *arguments)[0, :, None, None]
             return pooled.mean(self.dims, keepdim=self.keepdim)  # of one pixel, by stock's rules
-        out = ops._conv_pool(input, *arguments)
+        out = ops.raw.conv_pool(input, *arguments)
         return out[:, :, None, None] if self.keepdim else out
 
     def extra_repr(self) -> str:

@@ -37,10 +37,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from . import _extension, fold, modules, ops
+from . import _extension, modules, ops
 from .errors import Error
 from .mobilenet import SamePad2d
 from .modules import Swapped
+from .weights import fold
 
 FilterFn = Callable[[str, nn.Module], bool]
 
