@@ -8,18 +8,33 @@ loads 16 bytes at once, and taps of the depthwise convolution as the entries of 
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16)
-# What instances exist (kBlockKernels): (tiles of 8 output channels, expanded channels at a time).
-_LAYOUTS = ((2, 48), (3, 48), (3, 32), (4, 48), (8, 48), (12, 48), (20, 48), (40, 48))
-_WIDE_LAYOUTS = _LAYOUTS[4:]  # for more than 32 input channels
-_STEM_LAYOUTS = ((2, 32), (4, 32), (2, 48), (4, 48))
-_MOST_TILES = 40  # more output channels are made in several slices
+# What instances of the kernels exist: made from kBlockKernels of csrc/block_tiles.h.
+_TABLE = json.loads(Path(__file__).with_name("block_instances.json").read_text())
+_MOST_TILES: int = _TABLE["most_tiles"]  # more output channels are made in several slices
+
+
+def _layouts(*, image: bool, wide: bool = False) -> set[tuple[int, int]]:
+    """The (tiles of 8 output channels, expanded channels at a time) of the instances that read an
+    image or do not, and, with `wide`, take more than 32 input channels."""
+    return {
+        (instance["tiles"], instance["chunk"])
+        for instance in _TABLE["instances"]
+        if instance["image"] == image and not (wide and instance["resident"])
+    }
+
+
+_LAYOUTS = _layouts(image=False)
+_WIDE_LAYOUTS = _layouts(image=False, wide=True)
+_STEM_LAYOUTS = _layouts(image=True)
 # The window's taps, (row, column), in the order of the instructions.
 _TAPS = tuple((i, j) for j in range(3) for i in range(3))
 
@@ -94,8 +109,9 @@ def pack_stem_block(
     biases = stem_weight.new_zeros(stem, 2)
     if stem_bias is not None:
         biases = _split(stem_bias.float(), stem_weight.dtype)
-    parts = [
-        _pack(
+    parts = []
+    for order in _image_orders(stem_weight):
+        part = _pack(
             torch.cat([order, biases], 1),
             None,
             depthwise_weight,
@@ -105,9 +121,10 @@ def pack_stem_block(
             _STEM_LAYOUTS,
             bias_in_matrix=True,
         )
-        for order in _image_orders(stem_weight)
-    ]
-    return None if parts[0] is None else torch.cat(parts)
+        if part is None:
+            return None
+        parts.append(part)
+    return torch.cat(parts)
 
 
 def _image_orders(weight: Tensor) -> list[Tensor]:
@@ -141,7 +158,7 @@ def _pack(
     depthwise_bias: Tensor | None,
     project: Tensor,
     project_bias: Tensor | None,
-    layouts: Sequence[tuple[int, int]],
+    layouts: Collection[tuple[int, int]],
     *,
     bias_in_matrix: bool = False,
 ) -> Tensor | None:
