@@ -38,7 +38,7 @@ def pool():
 def test_mutated_files(pool, seeds):
     failed = [outcome for outcome in pool.run(seeds) if outcome.kind]
     assert not failed, "\n\n".join(
-        f"python tests/onnx_fuzz.py {outcome.seed}: {outcome.kind}\n{outcome.detail}"
+        f"python tests/helpers/onnx_fuzz.py {outcome.seed}: {outcome.kind}\n{outcome.detail}"
         for outcome in failed
     )
 
@@ -132,6 +132,6 @@ def test_worker_outlives_crashes_and_hangs(monkeypatch):
     assert kinds == [
         "",
         "crash: exit status 3 [- | -]",
-        "hang: no end after 1 s [- | test_onnx_fuzz.py:fragile]",
+        "hang: no end after 1 s [- | test_fuzz.py:fragile]",
         "",
     ]
