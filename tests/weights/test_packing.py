@@ -13,7 +13,7 @@ import torch
 
 from torch_mbv2.weights import packing
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 
@@ -233,6 +233,22 @@ def test_packs_nothing_where_no_kernel_exists(change):
 )
 def test_packs_no_stem_where_no_kernel_exists(tensors):
     assert packing.pack_stem_block(*tensors) is None
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_packed_weights_serve_both_strides(resident):
+    """Packing is not told the stride, so what it chooses from must not depend on it."""
+    one, two = (
+        {
+            (instance["tiles"], instance["chunk"])
+            for instance in packing._TABLE["instances"]
+            if not instance["image"]
+            and instance["stride"] == stride
+            and (resident or not instance["resident"])
+        }
+        for stride in (1, 2)
+    )
+    assert one == two
 
 
 # ---------------------------------------------------------------------------- csrc/block_tiles.h
