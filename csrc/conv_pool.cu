@@ -22,7 +22,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "mma.cuh"
+#include "device/memory.cuh"
+#include "device/mma.cuh"
 
 namespace torch_mbv2 {
 namespace {

@@ -9,7 +9,8 @@
 // Thin products (small n or k) are bound by device memory, wide ones by the tensor cores or FFMA.
 #pragma once
 
-#include "mma.cuh"
+#include "device/memory.cuh"
+#include "device/mma.cuh"
 #include "tiles.h"
 
 namespace torch_mbv2 {

@@ -116,6 +116,20 @@ def test_an_image_gets_the_same_logits_in_every_batch(dtype):
     assert testing.relative_l2(torch.cat([fast(image[None]) for image in x]), fast(x)) < bound
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("batch", [2, 3, 8, 31, 32, 64, 129, 257])
+def test_equal_images_get_bitwise_equal_rows_from_every_block(batch, dtype):
+    """Wherever they are in the batch, also where a thread block has several of them."""
+    fast = torch_mbv2.patch(rounded(dtype))
+    outputs = []
+    for module in fast.modules():
+        if "packed" in dict(module.named_buffers(recurse=False)):
+            module.register_forward_hook(lambda module, input, output: outputs.append(output))
+    fast(images(1, 224, dtype).repeat(batch, 1, 1, 1))
+    assert len(outputs) == 16 + 1 + 1
+    assert all(torch.equal(output, output[:1].expand_as(output)) for output in outputs)
+
+
 def test_runs_on_the_current_stream():
     fast, x = torch_mbv2.patch(rounded(torch.float16)), images(16, 224, torch.float16)
     expected = fast(x)
