@@ -17,11 +17,11 @@ cudaError_t launch_resident(const ConvPoolParams& p, const ConvPoolPlan& plan,
   using Kernel = conv_pool_kernels::Resident<kSteps, kHigh>;
   const auto kernel = conv_pool_kernels::resident_product<T, kSteps, kHigh>;
   const conv_pool_kernels::GroupShape s = {ceil_div(p.n, plan.channels()), plan.images,
-                                           1.0f / float(p.pixels)};
+                                           1.0f / float(p.pixels), PixelOrder(p.pixels)};
   const int64_t blocks = ceil_div(p.batch, int64_t(plan.images)) * s.channel_groups;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return launch_kernel(kernel, unsigned(blocks), 32 * plan.warps, Kernel::kSharedBytes, stream, p,
-                       s);
+  return launch_kernel(kernel, unsigned(blocks), 32 * plan.warps, Kernel::shared_bytes(plan.warps),
+                       stream, p, s);
 }
 
 // A kernel whose thread blocks own one image each. All launches that a batch is split into run the

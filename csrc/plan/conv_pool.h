@@ -8,6 +8,7 @@
 #include <iterator>
 #include <vector>
 
+#include "conv_pool/pixel_order.h"
 #include "device.h"
 
 namespace torch_mbv2 {
@@ -26,40 +27,41 @@ enum class ConvPoolKernel {
   kFloat,     // float32
 };
 
-// One compiled kernel. `high` and `wide` say how many channels a thread block makes, `steps` for
-// how many of k: each kernel's header says of what they count.
+// What a kernel is compiled for.
 struct ConvPoolInstance {
   ConvPoolKernel kernel;
-  bool vectors;
-  int steps;  // of 32 k, at most; 0: any k
-  int high;   // 16 channels each, of a warp; 0 for kFloat
-  int wide;   // 16 channels each, of a thread block; 0 for 16-bit types
+  bool vectors;   // as in ConvPoolProblem
+  int steps = 0;  // of 32 k, at most, for kResident; others take any k
+  int high = 0;   // a warp makes 16 * high channels, for 16-bit types
+  int wide = 0;   // a thread block makes 16 * wide channels, for float32
 };
 constexpr ConvPoolInstance kConvPoolInstances[] = {
-    {.kernel = ConvPoolKernel::kDirect, .vectors = true, .steps = 0, .high = 1, .wide = 0},
-    {.kernel = ConvPoolKernel::kDirect, .vectors = true, .steps = 0, .high = 2, .wide = 0},
-    {.kernel = ConvPoolKernel::kDirect, .vectors = false, .steps = 0, .high = 2, .wide = 0},
-    {.kernel = ConvPoolKernel::kResident, .vectors = true, .steps = 5, .high = 2, .wide = 0},
-    {.kernel = ConvPoolKernel::kResident, .vectors = true, .steps = 8, .high = 2, .wide = 0},
-    {.kernel = ConvPoolKernel::kResident, .vectors = true, .steps = 10, .high = 2, .wide = 0},
-    {.kernel = ConvPoolKernel::kResident, .vectors = true, .steps = 14, .high = 1, .wide = 0},
-    {.kernel = ConvPoolKernel::kResident, .vectors = true, .steps = 20, .high = 1, .wide = 0},
-    {.kernel = ConvPoolKernel::kFloat, .vectors = true, .steps = 0, .high = 0, .wide = 8},
-    {.kernel = ConvPoolKernel::kFloat, .vectors = true, .steps = 0, .high = 0, .wide = 2},
-    {.kernel = ConvPoolKernel::kFloat, .vectors = false, .steps = 0, .high = 0, .wide = 2},
+    {.kernel = ConvPoolKernel::kDirect, .vectors = true, .high = 1},
+    {.kernel = ConvPoolKernel::kDirect, .vectors = true, .high = 2},
+    {.kernel = ConvPoolKernel::kDirect, .vectors = false, .high = 2},
+    {.kernel = ConvPoolKernel::kResident, .vectors = true, .steps = 5, .high = 2},
+    {.kernel = ConvPoolKernel::kResident, .vectors = true, .steps = 8, .high = 2},
+    {.kernel = ConvPoolKernel::kResident, .vectors = true, .steps = 10, .high = 2},
+    {.kernel = ConvPoolKernel::kResident, .vectors = true, .steps = 14, .high = 1},
+    {.kernel = ConvPoolKernel::kResident, .vectors = true, .steps = 20, .high = 1},
+    {.kernel = ConvPoolKernel::kFloat, .vectors = true, .wide = 8},
+    {.kernel = ConvPoolKernel::kFloat, .vectors = true, .wide = 2},
+    {.kernel = ConvPoolKernel::kFloat, .vectors = false, .wide = 2},
 };
 
 // Sizes that kernels and plans share.
-constexpr int kConvPoolStepK = 32;          // of k in a step of a 16-bit kernel
-constexpr int kConvPoolTilePixels = 16;     // of a tile of a 16-bit kernel
-constexpr int kConvPoolMostWarps = 8;       // of a thread block of a 16-bit kernel
-constexpr int kConvPoolFloatPixels = 56;    // of a tile of the float32 kernel
-constexpr int kConvPoolFloatStepK = 16;     // of k in one of its steps
-constexpr int kConvPoolFloatWarps = 4;      // of its thread blocks
-constexpr int kConvPoolMostPixels = 4096;   // of an image of the resident kernel: its sums are
-                                            // float32, at most 1024 terms of one in a lane
+constexpr int kConvPoolStepK = 32;       // of k in a step of a 16-bit kernel
+constexpr int kConvPoolTilePixels = 16;  // of a tile of a 16-bit kernel
+constexpr int kConvPoolMostWarps = 8;    // of a thread block of a 16-bit kernel
+// Steps of operands that direct_product has in registers at once, if a warp makes 16 channels.
+constexpr int kConvPoolAhead = 10;
+constexpr int kConvPoolFloatPixels = 56;  // of a tile of the float32 kernel
+constexpr int kConvPoolFloatStepK = 16;   // of k in one of its steps
+constexpr int kConvPoolFloatWarps = 4;    // of its thread blocks
+// Of an image of resident_product: its sums are float32, of at most 1024 terms in a lane.
+constexpr int kConvPoolMostPixels = 4096;
 constexpr int kConvPoolMostRows = 1 << 30;  // pixels of all images of one of its thread blocks
-constexpr int kConvPoolMostWaves = 4;       // rounds of its thread blocks
+constexpr int kConvPoolMostWaves = 4;       // rounds of its thread blocks that are considered
 
 // How an instance runs.
 struct ConvPoolPlan {
@@ -125,7 +127,7 @@ struct Model {
     const double products = 4.0 * high * steps;  // of a tile
     const double pieces = double(steps) * (2 + 2 * high);
     const double together = std::max(c.product / 4 * products, c.l1_piece * pieces) * double(tiles);
-    const double loads = c.latency * double(ceil_div(steps, 10 / high));
+    const double loads = c.latency * double(ceil_div(steps, kConvPoolAhead / high));
     const double alone =
         double(ceil_div(tiles, warps)) * (loads + c.product_alone * products) + c.direct_start;
     const double waves = std::ceil(blocks / (multiprocessors * (kConvPoolMostWarps / warps)));
@@ -138,7 +140,8 @@ struct Model {
     const double products = 4.0 * kernel.high * kernel.steps;  // of a tile
     const double blocks =
         double(ceil_div(p.batch, images)) * double(ceil_div(p.n, 16 * kernel.high * warps));
-    const double tiles = std::ceil(double(images) * p.pixels / kConvPoolTilePixels);
+    const int64_t octets = PixelOrder(p.pixels).total(int(images));
+    const double tiles = double(ceil_div(octets, kConvPoolTilePixels / kOctet));
     const double together =
         share(blocks) * warps / 4 * tiles * (c.product * products + c.resident_tile);
     const double at_once = double(multiprocessors) * (kConvPoolMostWarps / warps);

@@ -116,3 +116,15 @@ def test_every_candidate_can_run(plans, problem):
 )
 def test_choices(plans, problem, kernel, channels):
     assert (plans[0]["kernel"], int(plans[0]["channels"])) == (kernel, channels)
+
+
+@pytest.mark.parametrize("first", range(1, 301, 50))
+def test_the_sums_of_an_image_do_not_depend_on_its_place(build, first):
+    lines = build("pixel_order", first, first + 49).splitlines()
+    assert len(lines) == 50
+
+
+@pytest.mark.parametrize("size", range(1, 17))
+def test_square_images_waste_no_products(build, size):
+    pixels = size * size
+    assert build("pixel_order", pixels, pixels) == f"{pixels}: {pixels} octets for 8 images\n"
