@@ -224,7 +224,7 @@ def test_spills_are_warnings_or_errors() -> None:
 
 def test_only_bindings_include_torch() -> None:
     # A .cu file that does takes minutes to compile.
-    sources = sorted((ROOT / "csrc").iterdir())
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
     including = [
         path.name
         for path in sources

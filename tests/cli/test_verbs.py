@@ -673,7 +673,7 @@ def test_progress_goes_to_stderr(monkeypatch):
 @pytest.fixture
 def demo(files, monkeypatch):
     pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
-    path = Path(__file__).resolve().parents[1] / "scripts" / "demo.py"
+    path = Path(__file__).resolve().parents[2] / "scripts" / "demo.py"
     spec = importlib.util.spec_from_file_location("demo", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from torch_mbv2.measure import figures
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DASH = "\N{EN DASH}"
 ON_CPU = ("eager", "channels_last", "compile", "onnxruntime", "patched")
 

@@ -4,8 +4,8 @@ A case is a seed: it chooses a small model, one or a few mutations, and whether 
 path, bytes or a ModelProto. A case fails unless the loader raises `torch_mbv2.errors.Error` with
 one short line, or returns a module that runs on an image of the shape that the file declares.
 
-    python tests/onnx_fuzz.py 17          this case, in this process: mutations and traceback
-    python tests/onnx_fuzz.py 0 5000      cases 0 to 4999, in a worker: the failures by kind
+    python tests/helpers/onnx_fuzz.py 17       this case, in this process: mutations and traceback
+    python tests/helpers/onnx_fuzz.py 0 5000   cases 0 to 4999, in a worker: the failures by kind
 
 Either way the process gets little memory, so that a case that asks for gigabytes fails.
 """

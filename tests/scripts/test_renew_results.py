@@ -17,7 +17,7 @@ import torch
 import torch_mbv2
 from torch_mbv2.cli import bench
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OLD = "the old result"
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch_mbv2.onnx.graph import Graph
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 # fp32 against fp32 over 53 layers, another order of summation: some 20 roundings of 6e-8.
 RELATIVE = 1e-5

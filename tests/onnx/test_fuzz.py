@@ -5,9 +5,7 @@ The environment variable TORCH_MBV2_FUZZ is how many cases to run; default: 300.
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import time
 
 import pytest
 from torch import nn
@@ -15,6 +13,7 @@ from torch import nn
 pytest.importorskip("onnx2torch", reason="the extra `onnx` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
+import fragile_worker
 import onnx_fuzz
 
 from torch_mbv2.errors import ModelError
@@ -38,7 +37,7 @@ def pool():
 def test_mutated_files(pool, seeds):
     failed = [outcome for outcome in pool.run(seeds) if outcome.kind]
     assert not failed, "\n\n".join(
-        f"python tests/onnx_fuzz.py {outcome.seed}: {outcome.kind}\n{outcome.detail}"
+        f"python tests/helpers/onnx_fuzz.py {outcome.seed}: {outcome.kind}\n{outcome.detail}"
         for outcome in failed
     )
 
@@ -112,26 +111,14 @@ def test_verdict(monkeypatch, tmp_path, load, kind):
     assert bool(outcome.kind) == bool(kind)
 
 
-def fragile(connection, models, log):
-    """Dies of seed 1, hangs at seed 2."""
-    faulthandler.enable(os.open(log, os.O_WRONLY))
-    connection.send(None)
-    while (seed := connection.recv()) is not None:
-        if seed == 1:
-            os._exit(3)
-        if seed == 2:
-            time.sleep(60)
-        connection.send(onnx_fuzz.Outcome(seed, "", "survived"))
-
-
 def test_worker_outlives_crashes_and_hangs(monkeypatch):
     monkeypatch.setattr(onnx_fuzz, "TIMEOUT", 1.0)
-    worker = onnx_fuzz.Worker({}, serve=fragile)
+    worker = onnx_fuzz.Worker({}, serve=fragile_worker.serve)
     kinds = [worker.run(seed).kind for seed in range(4)]
     worker.close()
     assert kinds == [
         "",
         "crash: exit status 3 [- | -]",
-        "hang: no end after 1 s [- | test_onnx_fuzz.py:fragile]",
+        "hang: no end after 1 s [- | fragile_worker.py:serve]",
         "",
     ]
