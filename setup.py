@@ -269,6 +269,7 @@ def extension(plan: Plan) -> tuple[list, dict[str, type[Command]]]:
         extra_compile_args={
             "cxx": [
                 "-O2",
+                "-g0",  # PyTorch's headers would fill half of the library
                 "-std=c++20",
                 "-fvisibility=hidden",
                 f"-DTORCH_TARGET_VERSION={TORCH_TARGET[1]}",

@@ -38,21 +38,21 @@ __global__ void __launch_bounds__(kBlock) add_kernel(const __grid_constant__ Add
 }
 
 template <typename T, int kV>
-cudaError_t launch(const AddParams& p, cudaStream_t stream) {
+cudaError_t launch(const AddParams& p, LaunchQueue& queue) {
   const int64_t blocks = ceil_div(p.numel / kV, int64_t(kBlock * kUnroll));
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return launch_kernel(add_kernel<T, kV>, unsigned(blocks), kBlock, 0, stream, p);
+  return launch_kernel("add", add_kernel<T, kV>, unsigned(blocks), kBlock, 0, queue, p);
 }
 
 }  // namespace
 
-cudaError_t add(const AddParams& p, cudaStream_t stream) {
+cudaError_t add(const AddParams& p, LaunchQueue& queue) {
   if (p.numel == 0) return cudaSuccess;
   return dispatch(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool vectors = p.numel % kVecSize<T> == 0 && is_aligned16(p.a) && is_aligned16(p.b) &&
                          is_aligned16(p.output);
-    return vectors ? launch<T, kVecSize<T>>(p, stream) : launch<T, 1>(p, stream);
+    return vectors ? launch<T, kVecSize<T>>(p, queue) : launch<T, 1>(p, queue);
   });
 }
 

@@ -11,8 +11,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "device.h"
 #include "kernels.h"
+#include "launch.h"
 
 namespace torch_mbv2 {
 
@@ -189,37 +189,25 @@ __device__ __forceinline__ T after_wait(T x) {
   return x;
 }
 
-Device current_device();
-
-// Lets a kernel be launched with as much dynamic shared memory as the current device has.
-cudaError_t allow_shared_memory(const void* kernel);
-
+// Adds a launch of `kernel` to the queue. `family` is what reports call it.
 template <typename... Params, typename... Args>
-cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-                          cudaStream_t stream, const Args&... args) {
-  const Device device = current_device();
-  const bool early = device.is_hopper_or_newer();
-  // No more blocks than multiprocessors: one for each. A kernel that starts while the one before it
-  // still fills most of them would otherwise crowd into those that are free.
-  if (early && int64_t(grid.x) * grid.y * grid.z <= device.multiprocessors) {
+cudaError_t launch_kernel(const char* family, void (*kernel)(Params...), dim3 grid, dim3 block,
+                          size_t shared_bytes, LaunchQueue& queue, const Args&... args) {
+  const Device& device = queue.device();
+  Launch launch;
+  launch.family = family;
+  launch.kernel = reinterpret_cast<const void*>(kernel);
+  launch.grid = grid;
+  launch.block = block;
+  launch.early = device.is_hopper_or_newer();
+  // No more thread blocks than multiprocessors: one for each. A kernel that starts while the one
+  // before it still fills most of them would otherwise crowd into those that are free.
+  if (launch.early && int64_t(grid.x) * grid.y * grid.z <= device.multiprocessors) {
     shared_bytes = std::max(shared_bytes, size_t(device.shared_per_multiprocessor / 2));
   }
-  if (shared_bytes > 48 * 1024) {
-    const auto function = reinterpret_cast<const void*>(kernel);
-    const cudaError_t error = allow_shared_memory(function);
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = early;
-  return cudaLaunchKernelEx(&config, kernel, args...);
+  launch.shared_bytes = shared_bytes;
+  (launch.add<Params>(args), ...);
+  return queue.add(launch);
 }
 
 // Work items that one launch may have, so that item indices stay below 2^31 (see Divider).
@@ -238,6 +226,13 @@ cudaError_t for_each_chunk(int64_t batch, int64_t items_per_image, F&& launch) {
   }
   return cudaSuccess;
 }
+
+template <typename T>
+constexpr DType dtype_of = DType::kFloat32;
+template <>
+constexpr DType dtype_of<__half> = DType::kFloat16;
+template <>
+constexpr DType dtype_of<__nv_bfloat16> = DType::kBFloat16;
 
 // Calls f(T{}) with the element type of `dtype`.
 template <typename F>

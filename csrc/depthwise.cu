@@ -28,6 +28,11 @@ struct StripArgs {
   Divider strips;   // column strips of a row
   Divider runs;     // runs of an image
   Clamp act;
+
+  static constexpr std::array<size_t, 4> pointers() {
+    return {offsetof(StripArgs, input), offsetof(StripArgs, weight), offsetof(StripArgs, bias),
+            offsetof(StripArgs, output)};
+  }
 };
 
 // Sizes of depthwise_strip for an element type, a window of kK x kK and stride kS.
@@ -235,11 +240,11 @@ int choose_run_rows(int out_h, int64_t strips, int live, int sms) {
 }
 
 template <typename T, int kK, int kS, int kVec, int kWidth, int kAhead>
-cudaError_t launch_strip(const ConvParams& p, cudaStream_t stream) {
+cudaError_t launch_strip(const ConvParams& p, LaunchQueue& queue) {
   const int64_t vectors = p.out_channels / kVec;
   const int64_t strips = ceil_div(p.out_w, kWidth);
   const int run_rows = choose_run_rows(p.out_h, p.batch * strips * vectors, (kK + kS - 1) / kS,
-                                       current_device().multiprocessors);
+                                       queue.device().multiprocessors);
   const int64_t runs = ceil_div(p.out_h, run_rows);
   const int64_t in_image = static_cast<int64_t>(p.height) * p.width * p.in_channels;
   const int64_t out_image = static_cast<int64_t>(p.out_h) * p.out_w * p.out_channels;
@@ -263,8 +268,8 @@ cudaError_t launch_strip(const ConvParams& p, cudaStream_t stream) {
     a.runs = Divider(static_cast<uint32_t>(runs));
     a.act = p.act;
     const unsigned blocks = ceil_div<uint32_t>(a.items, kThreads);
-    return launch_kernel(depthwise_strip<T, kK, kS, kVec, kWidth, kAhead>, blocks, kThreads, 0,
-                         stream, a);
+    return launch_kernel("conv_depthwise", depthwise_strip<T, kK, kS, kVec, kWidth, kAhead>, blocks,
+                         kThreads, 0, queue, a);
   });
 }
 
@@ -272,6 +277,11 @@ struct AnyArgs {
   ConvParams conv;
   uint32_t items;  // images * out_h * out_w * vectors, below 2^31
   Divider vectors, columns, rows;
+
+  static constexpr auto pointers() {
+    static_assert(offsetof(AnyArgs, conv) == 0);
+    return ConvParams::pointers();
+  }
 };
 
 // depthwise_any: any window, stride and dilation. A thread owns kVec channels of one output pixel
@@ -324,7 +334,7 @@ __global__ void __launch_bounds__(kThreads) depthwise_any(const AnyArgs a) {
 }
 
 template <typename T, int kVec>
-cudaError_t launch_any(const ConvParams& p, cudaStream_t stream) {
+cudaError_t launch_any(const ConvParams& p, LaunchQueue& queue) {
   const int64_t vectors = p.out_channels / kVec;
   const int64_t per_image = static_cast<int64_t>(p.out_h) * p.out_w * vectors;
   const int64_t in_image = static_cast<int64_t>(p.height) * p.width * p.in_channels;
@@ -338,35 +348,35 @@ cudaError_t launch_any(const ConvParams& p, cudaStream_t stream) {
     a.vectors = Divider(static_cast<uint32_t>(vectors));
     a.columns = Divider(static_cast<uint32_t>(p.out_w));
     a.rows = Divider(static_cast<uint32_t>(p.out_h));
-    return launch_kernel(depthwise_any<T, kVec>, ceil_div<uint32_t>(a.items, kThreads), kThreads, 0,
-                         stream, a);
+    return launch_kernel("conv_depthwise", depthwise_any<T, kVec>,
+                         ceil_div<uint32_t>(a.items, kThreads), kThreads, 0, queue, a);
   });
 }
 
 template <typename T, int kK, int kS>
-cudaError_t launch_shape(const ConvParams& p, cudaStream_t stream) {
+cudaError_t launch_shape(const ConvParams& p, LaunchQueue& queue) {
   using Shape = StripShape<T, kK, kS>;
-  return launch_strip<T, kK, kS, Shape::kVec, Shape::kWidth, Shape::kAhead>(p, stream);
+  return launch_strip<T, kK, kS, Shape::kVec, Shape::kWidth, Shape::kAhead>(p, queue);
 }
 
 }  // namespace
 
-cudaError_t conv_depthwise(const ConvParams& p, cudaStream_t stream) {
+cudaError_t conv_depthwise(const ConvParams& p, LaunchQueue& queue) {
   if (p.batch <= 0 || p.out_h <= 0 || p.out_w <= 0 || p.out_channels <= 0) return cudaSuccess;
   return dispatch(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kVec = kVecSize<T>;
     if (p.out_channels % kVec != 0 || !is_aligned16(p.input) || !is_aligned16(p.weight) ||
         !is_aligned16(p.bias) || !is_aligned16(p.output)) {
-      return launch_any<T, 1>(p, stream);
+      return launch_any<T, 1>(p, queue);
     }
     const bool square = p.kernel_h == p.kernel_w && p.stride_h == p.stride_w && p.dilation_h == 1 &&
                         p.dilation_w == 1;
-    if (square && p.kernel_h == 3 && p.stride_h == 1) return launch_shape<T, 3, 1>(p, stream);
-    if (square && p.kernel_h == 3 && p.stride_h == 2) return launch_shape<T, 3, 2>(p, stream);
-    if (square && p.kernel_h == 5 && p.stride_h == 1) return launch_shape<T, 5, 1>(p, stream);
-    if (square && p.kernel_h == 5 && p.stride_h == 2) return launch_shape<T, 5, 2>(p, stream);
-    return launch_any<T, kVec>(p, stream);
+    if (square && p.kernel_h == 3 && p.stride_h == 1) return launch_shape<T, 3, 1>(p, queue);
+    if (square && p.kernel_h == 3 && p.stride_h == 2) return launch_shape<T, 3, 2>(p, queue);
+    if (square && p.kernel_h == 5 && p.stride_h == 1) return launch_shape<T, 5, 1>(p, queue);
+    if (square && p.kernel_h == 5 && p.stride_h == 2) return launch_shape<T, 5, 2>(p, queue);
+    return launch_any<T, kVec>(p, queue);
   });
 }
 

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <typename Word>
-cudaError_t launch(const Im2colParams& p, cudaStream_t stream) {
+cudaError_t launch(const Im2colParams& p, LaunchQueue& queue) {
   const int blocks_per_row = ceil_div(p.out_h * p.out_w, kBlock);
   const int64_t rows_per_image = int64_t(p.channels) * p.kernel_h * p.kernel_w;
   const int64_t images_per_launch = INT32_MAX / (rows_per_image * blocks_per_row);
@@ -45,9 +45,9 @@ cudaError_t launch(const Im2colParams& p, cudaStream_t stream) {
     part.batch = p.batch - first < images_per_launch ? p.batch - first : images_per_launch;
     part.input = static_cast<const Word*>(p.input) + first * p.in_stride_n;
     part.output = static_cast<Word*>(p.output) + first * rows_per_image * p.out_h * p.out_w;
-    const cudaError_t error =
-        launch_kernel(im2col_kernel<Word>, unsigned(part.batch * rows_per_image * blocks_per_row),
-                      kBlock, 0, stream, part, blocks_per_row);
+    const cudaError_t error = launch_kernel("im2col", im2col_kernel<Word>,
+                                            unsigned(part.batch * rows_per_image * blocks_per_row),
+                                            kBlock, 0, queue, part, blocks_per_row);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -55,9 +55,9 @@ cudaError_t launch(const Im2colParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t im2col(const Im2colParams& p, cudaStream_t stream) {
+cudaError_t im2col(const Im2colParams& p, LaunchQueue& queue) {
   if (p.batch == 0 || p.channels == 0 || p.out_h == 0 || p.out_w == 0) return cudaSuccess;
-  return p.element_size == 4 ? launch<uint32_t>(p, stream) : launch<uint16_t>(p, stream);
+  return p.element_size == 4 ? launch<uint32_t>(p, queue) : launch<uint16_t>(p, queue);
 }
 
 }  // namespace torch_mbv2

@@ -1,24 +1,24 @@
 // Launchers of every kernel, torch-free: raw pointers in, cudaError_t out.
 //
 // All activations are NHWC (channels_last) and dense unless a struct carries strides. Callers
-// (bindings.cpp) have checked dtypes, ranks, sizes and bounds; launchers choose tiles and launch on
-// `stream` of the current device, never allocate, never synchronise, and do nothing for an empty
-// output. Every size that includes the batch is 64-bit.
+// (bind/) have checked dtypes, ranks, sizes and bounds; launchers choose tiles and add launches for
+// the queue's device to it, never allocate, never synchronise, and add none for an empty output.
+// Every size that includes the batch is 64-bit.
+//
+// Structs that kernels take as they are list their pointers, see launch.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 
+#include "launch.h"
+#include "plan/block.h"
+#include "plan/types.h"
+
 namespace torch_mbv2 {
-
-enum class DType : int { kFloat32, kFloat16, kBFloat16 };
-
-// Output activation: min(max(x, lo), hi) with NaN passed through; -inf and +inf mean unbounded.
-struct Clamp {
-  float lo;
-  float hi;
-};
 
 // output[b, m, n] = clamp(sum_k a[b, m, k] * weight[b, n, k] + bias[n])
 // a (batch, m, k), weight (batch, n, k), output (batch, m, n), all row-major and dense; bias (n) or
@@ -35,7 +35,7 @@ struct GemmParams {
   Clamp act;
   DType dtype;
 };
-cudaError_t gemm(const GemmParams& p, cudaStream_t stream);
+cudaError_t gemm(const GemmParams& p, LaunchQueue& queue);
 
 // 2-D convolution. Weight layouts: conv_implicit_gemm (out_channels, kernel_h, kernel_w,
 // in_channels / groups); conv_depthwise (channels, kernel_h, kernel_w).
@@ -60,46 +60,38 @@ struct ConvParams {
   int in_stride_h, in_stride_w, in_stride_c;
   Clamp act;
   DType dtype;
+
+  static constexpr std::array<size_t, 4> pointers() {
+    return {offsetof(ConvParams, input), offsetof(ConvParams, weight), offsetof(ConvParams, bias),
+            offsetof(ConvParams, output)};
+  }
 };
-cudaError_t conv_implicit_gemm(const ConvParams& p, cudaStream_t stream);
+cudaError_t conv_implicit_gemm(const ConvParams& p, LaunchQueue& queue);
 // in_channels == out_channels == groups.
-cudaError_t conv_depthwise(const ConvParams& p, cudaStream_t stream);
+cudaError_t conv_depthwise(const ConvParams& p, LaunchQueue& queue);
 
 // F(2x2, 3x3) Winograd convolution (Lavin and Gray 2016): stride 1, dilation 1, groups 1, dense
 // NHWC input, weight (out_channels, 3, 3, in_channels). Transforms and products are float32 in
 // every dtype. `workspace` holds conv_winograd_workspace(p) bytes, 16-byte aligned.
 int64_t conv_winograd_workspace(const ConvParams& p);
-cudaError_t conv_winograd(const ConvParams& p, void* workspace, cudaStream_t stream);
+cudaError_t conv_winograd(const ConvParams& p, void* workspace, LaunchQueue& queue);
 
-// A whole inverted residual, or the stem and the first block of a network: see
-// inverted_residual.cuh. float16 and bfloat16 only; a 3x3 depthwise convolution of stride 1 or 2.
-struct InvertedResidualParams {
+// A whole inverted residual, or the stem and the first block of a network: see block/kernel.cuh. On
+// a fused plan for the problem, see plan/block.h.
+struct BlockParams {
   const void* input;   // NHWC, dense; for a stem an image with the strides and the dtype below
-  const void* packed;  // packing.py's, 16-byte aligned
+  const void* packed;  // weights/packing.py's, 16-byte aligned
   void* output;        // NHWC, dense
-  int64_t batch;
-  int height, width, in_channels;
-  int expanded;                // channels of the depthwise convolution
-  int expanded_h, expanded_w;  // size of its input
-  int out_h, out_w, out_channels;
-  int stride;
-  int pad_top, pad_left;
-  bool expands;             // false: there is no expansion, expanded == in_channels
-  bool stem;                // the expansion is a 3x3 convolution of stride 2 of at most 3 channels
-  int stem_top, stem_left;  // its padding
-  int64_t stride_n;         // element strides of its image
+  plan::BlockProblem problem;
+  int height, width, in_channels;  // of the input
+  bool residual;
+  // Of a stem's image; strides are in elements.
+  int64_t stride_n;
   int stride_h, stride_w, stride_c;
   DType image_dtype;
-  bool residual;
-  Clamp act;
-  DType dtype;
 };
-// Bytes of the packed weights, or -1 where no kernel serves these channels, strides or dtype.
-int64_t inverted_residual_packed_bytes(const InvertedResidualParams& p);
-// Whether a tile of the kernel fits the shared memory of the current device.
-bool inverted_residual_fits(const InvertedResidualParams& p);
-// Only where both of the above say yes.
-cudaError_t inverted_residual(const InvertedResidualParams& p, cudaStream_t stream);
+cudaError_t inverted_residual(const BlockParams& p, const plan::BlockPlan& plan,
+                              LaunchQueue& queue);
 
 // Average pooling. The window of output row i is rows [i * stride_h - pad_h, ... + kernel_h), cut
 // to the input; the divisor is `divisor_override` if not 0, else the window's size cut to the
@@ -116,8 +108,12 @@ struct PoolParams {
   bool count_include_pad;
   int64_t divisor_override;
   DType dtype;
+
+  static constexpr std::array<size_t, 2> pointers() {
+    return {offsetof(PoolParams, input), offsetof(PoolParams, output)};
+  }
 };
-cudaError_t avg_pool2d(const PoolParams& p, cudaStream_t stream);
+cudaError_t avg_pool2d(const PoolParams& p, LaunchQueue& queue);
 
 // output[n, c] = mean over pixels of clamp(sum_k input[n, pixel, k] * weight[c, k] + bias[c]); the
 // map before the mean is never stored.
@@ -130,8 +126,13 @@ struct ConvPoolParams {
   int pixels, k, n;
   Clamp act;
   DType dtype;
+
+  static constexpr std::array<size_t, 4> pointers() {
+    return {offsetof(ConvPoolParams, input), offsetof(ConvPoolParams, weight),
+            offsetof(ConvPoolParams, bias), offsetof(ConvPoolParams, output)};
+  }
 };
-cudaError_t conv_pool(const ConvPoolParams& p, cudaStream_t stream);
+cudaError_t conv_pool(const ConvPoolParams& p, LaunchQueue& queue);
 
 // output[n, c] = mean over pixels of input[n, pixel, c]; input (batch, pixels, channels) dense.
 struct GlobalPoolParams {
@@ -141,8 +142,12 @@ struct GlobalPoolParams {
   int64_t pixels;
   int channels;
   DType dtype;
+
+  static constexpr std::array<size_t, 2> pointers() {
+    return {offsetof(GlobalPoolParams, input), offsetof(GlobalPoolParams, output)};
+  }
 };
-cudaError_t global_avg_pool2d(const GlobalPoolParams& p, cudaStream_t stream);
+cudaError_t global_avg_pool2d(const GlobalPoolParams& p, LaunchQueue& queue);
 
 // output[i] = clamp(a[i] + b[i]), rounded once.
 struct AddParams {
@@ -152,8 +157,12 @@ struct AddParams {
   int64_t numel;
   Clamp act;
   DType dtype;
+
+  static constexpr std::array<size_t, 3> pointers() {
+    return {offsetof(AddParams, a), offsetof(AddParams, b), offsetof(AddParams, output)};
+  }
 };
-cudaError_t add(const AddParams& p, cudaStream_t stream);
+cudaError_t add(const AddParams& p, LaunchQueue& queue);
 
 // output[n, c * kernel_h * kernel_w + i * kernel_w + j, oh * out_w + ow], as F.unfold; the input
 // may have any element strides.
@@ -169,7 +178,11 @@ struct Im2colParams {
   int dilation_h, dilation_w;
   int64_t in_stride_n, in_stride_h, in_stride_w, in_stride_c;
   int element_size;  // bytes: 2 or 4
+
+  static constexpr std::array<size_t, 2> pointers() {
+    return {offsetof(Im2colParams, input), offsetof(Im2colParams, output)};
+  }
 };
-cudaError_t im2col(const Im2colParams& p, cudaStream_t stream);
+cudaError_t im2col(const Im2colParams& p, LaunchQueue& queue);
 
 }  // namespace torch_mbv2

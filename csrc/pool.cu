@@ -107,7 +107,7 @@ __global__ void BOUNDS_WITHOUT_SPILLS(256)
 }
 
 template <typename T, int kV>
-cudaError_t launch_global(const GlobalPoolParams& p, cudaStream_t stream) {
+cudaError_t launch_global(const GlobalPoolParams& p, LaunchQueue& queue) {
   const int slices = ceil_div(p.channels, kLanes * kV);
   const int64_t images_per_launch = INT32_MAX / slices;
   const double scale = 1.0 / double(p.pixels);
@@ -116,42 +116,43 @@ cudaError_t launch_global(const GlobalPoolParams& p, cudaStream_t stream) {
     part.batch = p.batch - first < images_per_launch ? p.batch - first : images_per_launch;
     part.input = static_cast<const T*>(p.input) + first * p.pixels * p.channels;
     part.output = static_cast<T*>(p.output) + first * p.channels;
-    const cudaError_t error = launch_kernel(global_pool<T, kV>, unsigned(part.batch * slices),
-                                            dim3(kLanes, kSplits), 0, stream, part, slices, scale);
+    const cudaError_t error =
+        launch_kernel("global_avg_pool2d", global_pool<T, kV>, unsigned(part.batch * slices),
+                      dim3(kLanes, kSplits), 0, queue, part, slices, scale);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
 template <typename T, int kV>
-cudaError_t launch_window(const PoolParams& p, cudaStream_t stream) {
+cudaError_t launch_window(const PoolParams& p, LaunchQueue& queue) {
   const int channel_vecs = p.channels / kV;
   const int64_t threads = p.batch * p.out_h * p.out_w * channel_vecs;
   const int64_t blocks = ceil_div(threads, int64_t(256));
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return launch_kernel(window_pool<T, kV>, unsigned(blocks), 256, 0, stream, p, channel_vecs,
-                       threads);
+  return launch_kernel("avg_pool2d", window_pool<T, kV>, unsigned(blocks), 256, 0, queue, p,
+                       channel_vecs, threads);
 }
 
 }  // namespace
 
-cudaError_t global_avg_pool2d(const GlobalPoolParams& p, cudaStream_t stream) {
+cudaError_t global_avg_pool2d(const GlobalPoolParams& p, LaunchQueue& queue) {
   if (p.batch == 0 || p.channels == 0) return cudaSuccess;
   return dispatch(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool vectors =
         p.channels % kVecSize<T> == 0 && is_aligned16(p.input) && is_aligned16(p.output);
-    return vectors ? launch_global<T, kVecSize<T>>(p, stream) : launch_global<T, 1>(p, stream);
+    return vectors ? launch_global<T, kVecSize<T>>(p, queue) : launch_global<T, 1>(p, queue);
   });
 }
 
-cudaError_t avg_pool2d(const PoolParams& p, cudaStream_t stream) {
+cudaError_t avg_pool2d(const PoolParams& p, LaunchQueue& queue) {
   if (p.batch == 0 || p.channels == 0 || p.out_h == 0 || p.out_w == 0) return cudaSuccess;
   return dispatch(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool vectors =
         p.channels % kVecSize<T> == 0 && is_aligned16(p.input) && is_aligned16(p.output);
-    return vectors ? launch_window<T, kVecSize<T>>(p, stream) : launch_window<T, 1>(p, stream);
+    return vectors ? launch_window<T, kVecSize<T>>(p, queue) : launch_window<T, 1>(p, queue);
   });
 }
 

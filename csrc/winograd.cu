@@ -49,6 +49,12 @@ struct TileArgs {
   float* transformed;  // V, or M
   int64_t first, count;
   int tiles_h, tiles_w;
+
+  static constexpr std::array<size_t, 5> pointers() {
+    static_assert(offsetof(TileArgs, conv) == 0);
+    const auto conv = ConvParams::pointers();
+    return {conv[0], conv[1], conv[2], conv[3], offsetof(TileArgs, transformed)};
+  }
 };
 
 struct TilePlace {
@@ -187,7 +193,8 @@ int64_t conv_winograd_workspace(const ConvParams& p) {
   return plan.weight_bytes + plan.input_bytes + plan.product_bytes;
 }
 
-cudaError_t conv_winograd(const ConvParams& p, void* workspace, cudaStream_t stream) {
+cudaError_t conv_winograd(const ConvParams& p, void* workspace, LaunchQueue& to) {
+  FamilyQueue queue("conv_winograd", to);
   const Plan plan = make_plan(p);
   if (plan.tiles == 0 || p.out_channels == 0) return cudaSuccess;
   char* const base = static_cast<char*>(workspace);
@@ -199,16 +206,17 @@ cudaError_t conv_winograd(const ConvParams& p, void* workspace, cudaStream_t str
     const int64_t weights = int64_t(p.out_channels) * p.in_channels;
     cudaError_t error = cudaSuccess;
     if (weights > 0) {
-      error = launch_kernel(transform_weight<T>, blocks_of(weights), kThreads, 0, stream,
-                            static_cast<const T*>(p.weight), u, p.out_channels, p.in_channels);
+      error =
+          launch_kernel("conv_winograd", transform_weight<T>, blocks_of(weights), kThreads, 0,
+                        queue, static_cast<const T*>(p.weight), u, p.out_channels, p.in_channels);
       if (error != cudaSuccess) return error;
     }
     for (int64_t first = 0; first < plan.tiles; first += plan.chunk) {
       const int64_t count = std::min(plan.chunk, plan.tiles - first);
       TileArgs args = {p, v, first, count, plan.tiles_h, plan.tiles_w};
       if (p.in_channels > 0) {
-        error = launch_kernel(transform_input<T>, blocks_of(count * p.in_channels), kThreads, 0,
-                              stream, args);
+        error = launch_kernel("conv_winograd", transform_input<T>, blocks_of(count * p.in_channels),
+                              kThreads, 0, queue, args);
         if (error != cudaSuccess) return error;
       }
       constexpr float kInfinity = INFINITY;
@@ -222,11 +230,11 @@ cudaError_t conv_winograd(const ConvParams& p, void* workspace, cudaStream_t str
                     16,
                     {-kInfinity, kInfinity},
                     DType::kFloat32},
-                   stream);
+                   queue);
       if (error != cudaSuccess) return error;
       args.transformed = m;
-      error = launch_kernel(transform_output<T>, blocks_of(count * p.out_channels), kThreads, 0,
-                            stream, args);
+      error = launch_kernel("conv_winograd", transform_output<T>, blocks_of(count * p.out_channels),
+                            kThreads, 0, queue, args);
       if (error != cudaSuccess) return error;
     }
     return cudaSuccess;

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_mbv2
 from torch_mbv2 import flops, ops
+
+flops.register()  # conftest.py imports torch_mbv2 before the counter
 
 
 def count(function, *arguments):
@@ -226,7 +230,15 @@ def test_counts_by_module():
 
 # --------------------------------------------------------------------------------------- imports
 
-_COUNTS = """
+
+def run_alone(code):
+    """What a new interpreter prints; nothing else may be written."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+    return done.stdout
+
+
+_COUNT_AN_OP = """
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter:
     torch_mbv2.ops.linear(torch.empty(3, 5, device="meta"), torch.empty(7, 5, device="meta"))
@@ -237,20 +249,42 @@ print(counter.get_total_flops())
 @pytest.mark.parametrize(
     "start",
     [
-        "import torch, torch_mbv2",
         "import torch, torch.utils.flop_counter, torch_mbv2",
-        # Looking for the module is no import of it.
-        "import importlib.util, torch, torch_mbv2;"
-        "importlib.util.find_spec('torch.utils.flop_counter')",
-        "import importlib, torch, torch_mbv2, torch.utils.flop_counter;"
-        "importlib.reload(torch.utils.flop_counter)",
+        "import torch, torch_mbv2; torch_mbv2.flops.register(load=True)",
     ],
 )
-def test_formulas_are_registered_in_any_order_of_imports(start):
-    done = subprocess.run(
-        [sys.executable, "-c", start + "\n" + _COUNTS], capture_output=True, text=True, timeout=120
-    )
-    assert (done.stdout, done.stderr) == (f"{2 * 3 * 5 * 7}\n", "")
+def test_ops_are_counted_in_any_order_of_imports(start):
+    assert run_alone(start + _COUNT_AN_OP) == f"{2 * 3 * 5 * 7}\n"
+
+
+_PLUGIN, _COUNTER = "import torch_mbv2", "from torch.utils.flop_counter import FlopCounterMode"
+_PATCH = "patched = torch_mbv2.patch(torch.nn.Linear(5, 7).eval()).to('meta')"
+_COUNT_A_MODEL = """
+with FlopCounterMode(display=False) as counter, torch.no_grad():
+    patched(torch.empty(3, 5, device="meta"))
+print(counter.get_total_flops())
+"""
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        (_COUNTER, _PLUGIN, _PATCH),
+        (_PLUGIN, _COUNTER, _PATCH),
+        (_PLUGIN, _PATCH, _COUNTER),
+    ],
+)
+def test_patched_models_are_counted_in_any_order_of_imports(order):
+    start = "\n".join(("import torch", *order))
+    assert run_alone(start + _COUNT_A_MODEL) == f"{2 * 3 * 5 * 7}\n"
+
+
+def test_formulas_are_registered_once_by_many_threads(monkeypatch):
+    registry = {}
+    monkeypatch.setattr(flop_counter, "flop_registry", registry)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: flops.register(), range(32)))
+    assert set(registry) == {getattr(torch.ops.torch_mbv2, name) for name in flops.FORMULAS}
 
 
 def test_import_leaves_the_counter_and_triton_alone():
@@ -258,8 +292,7 @@ def test_import_leaves_the_counter_and_triton_alone():
         "import sys, torch; before = set(sys.modules); import torch_mbv2;"
         "print([n for n in set(sys.modules) - before if n.startswith(('torch.utils', 'triton'))])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert run_alone(code) == "[]\n"
 
 
 def test_a_model_without_our_ops_is_counted_as_ever():

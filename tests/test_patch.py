@@ -12,6 +12,7 @@ import onnx
 import onnx2torch
 import onnx_helpers
 import pytest
+import reports
 import timm
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,9 @@ import torchvision
 from torch import fx, nn
 
 import torch_mbv2
-from torch_mbv2 import modules, packing
+from torch_mbv2 import modules
 from torch_mbv2.modules import FusedConv2d, Swapped
+from torch_mbv2.weights import packing
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -138,8 +140,8 @@ def test_every_layer_of_a_mobilenet_v2_gets_a_kernel(stock):
 
 
 def kernel_counts(model: nn.Module) -> dict[str, int]:
-    """How many layers each kernel takes in a patched model."""
-    return dict(Counter(row.kernel for row in torch_mbv2.report(model).patched))
+    """How many layers each fused block or kernel takes in a patched model."""
+    return dict(reports.counts(model))
 
 
 MOBILENET_V2_BLOCKS = {"stem_block": 1, "inverted_residual": 16, "conv_pool": 1, "gemm": 1}
@@ -155,7 +157,11 @@ def test_every_block_of_a_mobilenet_v2_is_fused(stock):
     report = torch_mbv2.report(fast)
     assert kernel_counts(fast) == MOBILENET_V2_BLOCKS
     assert [row for row in report.stock if row.supported] == []
-    assert all(row.reason is None for row in report.rows if row.kernel is not None)
+    reasons = {row.reason for row in report.rows if row.kernel is not None}
+    assert reasons == {None, "float32 has no fused kernel"}
+    half = torch_mbv2.report(copy.deepcopy(fast).half())
+    assert all(row.reason is None for row in half.rows if row.kernel is not None)
+    assert {row.kernel for row in half.patched} == {*MOBILENET_V2_BLOCKS}
     residuals = [row for row in report.rows if row.kernel and row.detail.endswith(", residual")]
     assert len(residuals) == 10
 
@@ -214,6 +220,42 @@ def test_report_names_the_kernel_that_runs(options, dtype, kernel, launched):
     assert any("torch_mbv2" in name and launched in name for name in names), names
 
 
+#: A part of the names of a kernel's functions, as the profiler shows them.
+FUNCTIONS = {
+    "gemm": "MatrixLoader",
+    "conv_implicit_gemm": "WindowLoader",
+    "conv_depthwise": "depthwise_",
+    "add": "add_kernel",
+    "conv_pool": "conv_pool_kernels",
+    "inverted_residual": "inverted_residual_kernel",
+    "stem_block": "inverted_residual_kernel",
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("level", ["op", "block", "network"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.inference_mode()
+def test_report_names_what_the_profiler_sees(dtype, level):
+    net = randomise(torch_mbv2.MobileNetV2(16)).to("cuda", dtype)
+    fast = torch_mbv2.patch(net, level=level)
+    x = images(2, 3, 96, 96, device="cuda").to(dtype)
+    fast(x)
+    with torch.profiler.profile() as profile:
+        fast(x)
+        torch.cuda.synchronize()
+    seen = Counter(
+        function
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and "torch_mbv2" in event.name
+        for function in set(FUNCTIONS.values())
+        if function in event.name
+    )
+    kernels = [k for row in torch_mbv2.report(fast).patched for k in row.kernel.split(" + ")]
+    assert seen == Counter(FUNCTIONS[kernel] for kernel in kernels if kernel in FUNCTIONS)
+    assert sum(seen.values()) >= (50 if dtype == torch.float32 else 19)
+
+
 @pytest.mark.parametrize("stock", ["torchvision", "own same", "timm", "graph"], indirect=True)
 @torch.inference_mode()
 def test_copies_and_pickles(stock):
@@ -237,7 +279,7 @@ def test_patching_twice_is_patching_once():
     assert torch.equal(torch_mbv2.unpatch(twice)(x), net(x))
 
 
-@pytest.mark.parametrize("level", ["op", "block"])
+@pytest.mark.parametrize("level", ["op", "block", "network"])
 @torch.inference_mode()
 def test_in_place(level):
     net = small_net()
@@ -331,7 +373,7 @@ def test_packed_weights_follow_the_weights(stock):
 
 def test_unknown_level_is_refused():
     with pytest.raises(
-        torch_mbv2.Error, match=r"level must be one of \('op', 'block'\), got 'all'"
+        torch_mbv2.Error, match=r"level must be one of \('op', 'block', 'network'\), got 'all'"
     ):
         torch_mbv2.patch(small_net(), level="all")
 
@@ -645,7 +687,8 @@ def test_whatever_is_matched_the_answer_stays(case):
 
 
 def kernels(net: nn.Module) -> list[str]:
-    return [row.kernel for row in torch_mbv2.report(torch_mbv2.patch(net)).rows if row.kernel]
+    rows = torch_mbv2.report(torch_mbv2.patch(net)).rows
+    return [takes for row in rows if (takes := reports.takes(row)) is not None]
 
 
 @pytest.mark.parametrize(
@@ -747,7 +790,8 @@ def test_reason_why_a_layer_stays_stock(layer, reason):
 def test_reason_why_a_layer_is_in_no_block(case, kind, reason):
     function, layers = CASES[case]
     fast = torch_mbv2.patch(randomise(Calls(function, **layers)))
-    (row,) = (row for row in torch_mbv2.report(fast).patched if row.reason)
+    rows = torch_mbv2.report(fast).patched
+    (row,) = (row for row in rows if row.reason not in (None, "float32 has no fused kernel"))
     assert row.kind == kind
     assert reason in row.reason
     assert reason in str(torch_mbv2.report(fast))

@@ -24,6 +24,7 @@ def first_line(error: Exception) -> str:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether there was too little memory, on a GPU or for PyTorch on a CPU."""
-    # What PyTorch cannot allocate on a CPU has no type of its own.
+    # What PyTorch cannot allocate on a CPU, or for an op of the library, has no type of its own.
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or "DefaultCPUAllocator" in str(error)
+    words = ("DefaultCPUAllocator", "CUDA out of memory")
+    return known or any(word in str(error) for word in words)

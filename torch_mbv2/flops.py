@@ -8,17 +8,17 @@ formula and count nothing, as their stock equivalents.
 
 from __future__ import annotations
 
+import importlib
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import torch
 
 _COUNTER = "torch.utils.flop_counter"
+_REGISTERING = threading.Lock()
 
 # A formula gets the arguments of its op by the names of the schema, each tensor as its shape.
 Shape = Sequence[int]
@@ -78,6 +78,29 @@ def _stem_block(
     return 2 * (stem + _macs(depthwise_weight, out_shape) + _macs(project_weight, out_shape))
 
 
+def _network(input: Shape, weights: Shape, program: str, **_: Any) -> int:
+    """The sum over the steps, whose shapes are found without data."""
+    from .ops.network import Weight, parse, run_steps  # which registers these formulas
+
+    weight_dtypes = [
+        argument.dtype
+        for step in parse(program)
+        for argument in step.arguments
+        if isinstance(argument, Weight)
+    ]
+    image = torch.empty(input, dtype=next(iter(weight_dtypes), torch.float32), device="meta")
+    total = 0
+
+    def visit(op: str, arguments: Sequence[Any], out: torch.Tensor) -> None:
+        nonlocal total
+        if op in FORMULAS:
+            shapes = [a.shape if isinstance(a, torch.Tensor) else a for a in arguments]
+            total += FORMULAS[op](*shapes, out_shape=out.shape)
+
+    run_steps(image, program, lambda w: torch.empty(w.shape, dtype=w.dtype, device="meta"), visit)
+    return total
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "conv2d": _conv2d,
     "conv2d_winograd": _conv2d,
@@ -85,43 +108,27 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "inverted_residual": _inverted_residual,
     "stem_block": _stem_block,
     "conv_pool": _conv_pool,
+    "network": _network,
 }
 """By the name of the op, as `torch.utils.flop_counter.register_flop_formula` takes them."""
 
 
-def register() -> None:
-    """Register `FORMULAS`, now if torch's FLOP counter is imported, else as soon as it is."""
-    counter = sys.modules.get(_COUNTER)
-    if counter is None:
-        sys.meta_path.insert(0, _AfterImport())
-    else:
-        _register(counter)
+def register(load: bool = False) -> None:
+    """Register `FORMULAS` with torch's FLOP counter, if that is imported; calling it again is free.
 
+    `FlopCounterMode` takes the formulas that are registered when it is made. So torch_mbv2 calls
+    this when it is imported, and `patch` with `load`: whoever has a patched model can count it. To
+    count calls of `ops`, or a model that was patched in another process, import the counter before
+    torch_mbv2, or call this before counting.
 
-def _register(counter: ModuleType) -> None:
-    for name, formula in FORMULAS.items():
-        counter.register_flop_formula(getattr(torch.ops.torch_mbv2, name))(formula)
-
-
-class _AfterImport(MetaPathFinder):
-    """Finds torch's FLOP counter as the other finders do, and registers the formulas behind its
-    import. Importing it for everybody, counting or not, would load all of Triton and triple what
-    `import torch_mbv2` takes."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _COUNTER:
-            return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        specs = (finder.find_spec(fullname, path, target) for finder in others)
-        spec = next((spec for spec in specs if spec is not None), None)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _register(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+    load: import the counter, too. That takes 0.2 s where nobody has loaded Triton yet, as
+        torchvision, timm and torch.compile do; `import torch_mbv2` would take three times as long.
+    """
+    if not load and _COUNTER not in sys.modules:
+        return
+    counter = importlib.import_module(_COUNTER)
+    with _REGISTERING:
+        for name, formula in FORMULAS.items():
+            op = getattr(torch.ops.torch_mbv2, name)
+            if op not in counter.flop_registry:
+                counter.register_flop_formula(op)(formula)

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 Padding = tuple[int, int, int, int] | Literal["same"]
 """Zeros around a 3x3 convolution: (left, right, top, bottom) as `F.pad`, or TensorFlow's SAME."""
 
+Clamp = Literal["relu6", "relu"]
+Output = Literal["logits", "softmax", "log_softmax", "sigmoid"]
+
 # t (expansion), c (output channels), n (repeats), s (stride of the first): table 2 of the paper.
 DEFAULT_SETTING = (
     (1, 16, 1, 1),
@@ -58,11 +61,11 @@ class Architecture:
     in_channels: int = 3
     stem_stride: int = 2
     stem_padding: Padding = (1, 1, 1, 1)
-    activation: Literal["relu6", "relu"] = "relu6"
+    activation: Clamp = "relu6"
     norm: bool = True  # False: batch norm is folded, so each convolution has a bias instead
     dropout: float = 0.2
     preprocessing: Preprocessing | None = None
-    output: Literal["logits", "softmax", "log_softmax", "sigmoid"] = "logits"
+    output: Output = "logits"
 
 
 class Preprocess(nn.Module):
@@ -73,6 +76,9 @@ class Preprocess(nn.Module):
 
     x: (N, C, H, W), or (N, H, W, C) if `channels_last`, of any dtype, such as uint8.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -163,7 +169,8 @@ class InvertedResidual(nn.Module):
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.residual else self.conv(x)
+        out: Tensor = self.conv(x)
+        return x + out if self.residual else out
 
 
 class MobileNetV2(nn.Module):

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fold, ops, packing
+from . import ops
+from .weights import fold, packing
+
+#: Rows and columns of a map, as `Swapped.plan` supposes them.
+_COMMON_SIZE = 28
 
 
 class Swapped(nn.Module):
@@ -24,10 +28,10 @@ class Swapped(nn.Module):
     """
 
     stock: nn.Module | None
-    #: what `report` calls the layer
-    kind: str
-    #: the kernel that takes it, as `report` and the profiler name it
-    kernel: str
+    #: the op that does its work, if it is one call: `ops.raw.OP(input, *self.arguments(input))`
+    op: str | None = None
+    #: the chains that hold what is made of its weights
+    networks: list[Any]
     #: the qualified name of the fused block that does its work when the whole model runs
     absorbed_by: str | None = None
     #: why no fused block does, where one might have
@@ -37,13 +41,65 @@ class Swapped(nn.Module):
         super().__init__()
         # Not a registered child: it must not show in parameters(), state_dict() or modules().
         self.__dict__["stock"] = stock
+        self.__dict__["networks"] = []
         self.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Swapped:
         super()._apply(fn, recurse)
         if self.stock is not None:
             self.stock._apply(fn, recurse)
+        self._changed()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._changed()
+
+    def _changed(self) -> None:
+        """Its weights are others now."""
+        for network in self.networks:
+            network.forget()
+
+    @property
+    def kind(self) -> str:
+        """What `report` calls the layer."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a layer alone does not take its chains along; chains tell theirs again.
+        return {**self.__dict__, "networks": []}
+
+    def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
+        """What follows its inputs in the schema of `op`.
+
+        Args:
+            input: its first input, of which only the size counts, and only if `pads_same`.
+        """
+        raise NotImplementedError
+
+    @property
+    def pads_same(self) -> bool:
+        """Whether it pads as TensorFlow's SAME, as the size of its input has it."""
+        return False
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        """Of inputs as it may get them, for a plan."""
+        raise NotImplementedError
+
+    def plan(self) -> ops.Plan:
+        """What runs it on CUDA, in the dtype of its weights. (For maps of a size that is common in
+        this place: on that the choice of kernels does not depend, but for tiles.)"""
+        assert self.op is not None
+        tensors = [*self.parameters(recurse=False)]
+        dtype = tensors[0].dtype if tensors else torch.float32
+        sizes = self.sizes()
+        model = torch.empty(sizes[0], device="meta")
+        return ops.plan(self.op, sizes, dtype, self.arguments(model))
+
+    @property
+    def kernel(self) -> str:
+        """The kernels that run it, as `report` names them."""
+        return str(self.plan())
 
     def _require_eval(self) -> None:
         if self.training:
@@ -79,6 +135,9 @@ class FusedConv2d(Swapped):
     image, as for stock.
     """
 
+    #: the bias in float32, as blocks that this is a part of use it
+    exact_bias: Tensor | None
+
     def __init__(
         self,
         stock: nn.Conv2d,
@@ -91,7 +150,6 @@ class FusedConv2d(Swapped):
         super().__init__(stock)
         self.weight = nn.Parameter(fold.pack_conv_weight(weight), requires_grad=False)
         self.bias = None if bias is None else _frozen(bias.to(weight.dtype))
-        #: the bias in float32, as blocks that this is a part of use it
         self.__dict__["exact_bias"] = None if bias is None else bias.detach().float()
         self.in_channels = stock.in_channels
         self.out_channels = stock.out_channels
@@ -141,36 +199,25 @@ class FusedConv2d(Swapped):
         self.__dict__["exact_bias"] = None if self.bias is None else self.bias.detach().float()
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
+    def kind(self) -> str:
         if self.groups == self.in_channels == self.out_channels and self.groups > 1:
             return "depthwise"
         if self.kernel_size == (1, 1) and self.groups == 1:
             return "pointwise"
         return "conv2d"
 
-    @property
-    def kernel(self) -> str:  # type: ignore[override]
-        # As choose_route of bindings.cpp.
-        if self.kind == "depthwise":
-            return "conv_depthwise"
-        dense = self.stride == (1, 1) and self.groups == 1
-        if self.kernel_size == (1, 1) and dense and self.padding == (0, 0, 0, 0):
-            return "gemm"
-        dense3x3 = self.kernel_size == (3, 3) and dense and self.dilation == (1, 1)
-        many = self.in_channels >= 64 and self.out_channels >= 64
-        if dense3x3 and many and self.weight.dtype == torch.float32:
-            return "conv_winograd"
-        return "conv_implicit_gemm"
+    op = "conv2d"
 
-    def forward(self, input: Tensor) -> Tensor:
-        self._require_eval()
-        ops._refuse_grad("conv2d", input)
-        batched = _batched(input)
+    @property
+    def pads_same(self) -> bool:
+        return self.padding is None
+
+    def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
         padding = self.padding
         if padding is None:
-            padding = same_padding(batched, self.kernel_size, self.stride, self.dilation)
-        out = ops._conv2d(
-            batched,
+            assert input is not None
+            padding = same_padding(input, self.kernel_size, self.stride, self.dilation)
+        return (
             self.weight,
             self.bias,
             self.stride,
@@ -180,7 +227,17 @@ class FusedConv2d(Swapped):
             self.act_min,
             self.act_max,
         )
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._require_eval()
+        ops.refuse_grad("conv2d", input)
+        batched = _batched(input)
+        out = ops.raw.conv2d(batched, *self.arguments(batched))
         return out.squeeze(0) if input.dim() == 3 else out
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        reach = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        return [(1, self.in_channels, *(max(_COMMON_SIZE, n) for n in reach))]
 
     def extra_repr(self) -> str:
         return (
@@ -193,10 +250,9 @@ class FusedConv2d(Swapped):
 
 def conv_padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     """The zeros that `conv` adds: (left, right, top, bottom), in pixels."""
-    if conv.padding == "valid":
-        return (0, 0, 0, 0)
-    if conv.padding == "same":
-        return _sides_of(conv.kernel_size, conv.dilation)
+    if isinstance(conv.padding, str):
+        same = conv.padding == "same"  # else "valid"
+        return _sides_of(conv.kernel_size, conv.dilation) if same else (0, 0, 0, 0)
     vertical, horizontal = conv.padding
     return horizontal, horizontal, vertical, vertical
 
@@ -230,7 +286,6 @@ class FusedLinear(Swapped):
     """nn.Linear with the activation after it. Equivalent: `act(linear(x))`; see `ops.linear`."""
 
     kind = "linear"
-    kernel = "gemm"
 
     def __init__(
         self, stock: nn.Linear, act_min: float | None = None, act_max: float | None = None
@@ -250,10 +305,18 @@ class FusedLinear(Swapped):
         """Fuse `linear` with an activation of these bounds; None is open."""
         return cls(linear, act_min, act_max)
 
+    op = "linear"
+
+    def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
+        return self.weight, self.bias, self.act_min, self.act_max
+
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
-        ops._refuse_grad("linear", input)
-        return ops._linear(input, self.weight, self.bias, self.act_min, self.act_max)
+        ops.refuse_grad("linear", input)
+        return ops.raw.linear(input, *self.arguments(input))
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        return [(1, self.in_features)]
 
     def extra_repr(self) -> str:
         return (
@@ -266,7 +329,6 @@ class AvgPool2d(Swapped):
     """nn.AvgPool2d; see `ops.avg_pool2d`. A (C, H, W) input is one image, as for stock."""
 
     kind = "avg_pool2d"
-    kernel = "avg_pool2d"
 
     def __init__(
         self,
@@ -299,18 +361,28 @@ class AvgPool2d(Swapped):
             pool.divisor_override,
         )
 
-    def forward(self, input: Tensor) -> Tensor:
-        self._require_eval()
-        out = ops.avg_pool2d(
-            _batched(input),
-            self.kernel_size,
-            self.stride,
-            self.padding,
+    op = "avg_pool2d"
+
+    def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
+        kernel = ops.pair(self.op, "kernel_size", self.kernel_size)
+        return (
+            kernel,
+            kernel if self.stride is None else ops.pair(self.op, "stride", self.stride),
+            ops.pair(self.op, "padding", self.padding),
             self.ceil_mode,
             self.count_include_pad,
             self.divisor_override,
         )
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._require_eval()
+        ops.refuse_grad(self.op, input)
+        out = ops.raw.avg_pool2d(_batched(input), *self.arguments(input))
         return out.squeeze(0) if input.dim() == 3 else out
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        kernel = ops.pair("avg_pool2d", "kernel_size", self.kernel_size)
+        return [(1, 8, *(max(_COMMON_SIZE, n) for n in kernel))]
 
     def extra_repr(self) -> str:
         return (
@@ -331,7 +403,6 @@ class GlobalAvgPool2d(Swapped):
     """
 
     kind = "global_avg_pool2d"
-    kernel = "global_avg_pool2d"
 
     def __init__(
         self, stock: nn.Module | None, keepdim: bool, dims: Sequence[int] = (-2, -1)
@@ -345,11 +416,19 @@ class GlobalAvgPool2d(Swapped):
         """The same as an adaptive pooling to 1 x 1 on our kernel."""
         return cls(pool, keepdim=True)
 
+    op = "global_avg_pool2d"
+
+    def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
+        return (self.keepdim,)
+
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
         if input.dim() != 4 or input.dtype not in ops.DTYPES:
             return input.mean(self.dims, keepdim=self.keepdim)
         return ops.global_avg_pool2d(input, self.keepdim)
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        return [(1, 8, _COMMON_SIZE, _COMMON_SIZE)]
 
     def extra_repr(self) -> str:
         return f"keepdim={self.keepdim}"
@@ -360,7 +439,6 @@ class Add(Swapped):
     tensors of one shape and float dtype are added by stock PyTorch."""
 
     kind = "add"
-    kernel = "add"
 
     def __init__(
         self,
@@ -379,6 +457,11 @@ class Add(Swapped):
         """Stand for `add`, a module that adds its two inputs."""
         return cls(add, act_min, act_max)
 
+    op = "add"
+
+    def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
+        return self.act_min, self.act_max
+
     def forward(self, input: Any, other: Any) -> Any:
         self._require_eval()
         if (
@@ -388,12 +471,15 @@ class Add(Swapped):
             and input.dtype == other.dtype
             and input.dtype in ops.DTYPES
         ):
-            ops._refuse_grad("add", input, other)
-            return ops._add(input, other, self.act_min, self.act_max)
+            ops.refuse_grad("add", input, other)
+            return ops.raw.add(input, other, *self.arguments(input))
         out = input + other
         if self.act_min is None and self.act_max is None:
             return out
         return torch.clamp(out, self.act_min, self.act_max)
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        return [(1, 8, _COMMON_SIZE, _COMMON_SIZE)] * 2
 
     def extra_repr(self) -> str:
         return _activation_repr(self.act_min, self.act_max).removeprefix(", ")
@@ -412,6 +498,8 @@ class _FusedBlock(Swapped):
     packed: Tensor | None
     #: the biases in float32, as the kernel reads them, by name
     exact_biases: dict[str, Tensor | None]
+    in_channels: int
+    kernel_size: tuple[int, ...]
 
     def __init__(
         self,
@@ -438,6 +526,7 @@ class _FusedBlock(Swapped):
         for name, bias in self.exact_biases.items():
             self.exact_biases[name] = None if bias is None else bias.to(device)
         self.packed = self._pack()
+        self._changed()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -446,12 +535,11 @@ class _FusedBlock(Swapped):
             bias = self._parameters[name]
             self.exact_biases[name] = None if bias is None else bias.detach().float()
         self.packed = self._pack()
+        self._changed()
 
-    def _tensors(self) -> list[Tensor | None]:
-        """The weights, and the biases in float32, in the order in which the op takes them."""
-        return [
-            self.exact_biases.get(name, parameter) for name, parameter in self._parameters.items()
-        ]
+    def sizes(self) -> list[tuple[int, ...]]:
+        size = max(_COMMON_SIZE, *self.kernel_size)
+        return [(1, self.in_channels, 2 * size, 2 * size)]
 
     def _parameters_repr(self) -> str:
         biases = [name for name in self._parameters if name.endswith("bias")]
@@ -465,7 +553,12 @@ class FusedInvertedResidual(_FusedBlock):
     """
 
     kind = "inverted_residual"
-    kernel = "inverted_residual"
+    expand_weight: nn.Parameter | None
+    expand_bias: nn.Parameter | None
+    depthwise_weight: nn.Parameter
+    depthwise_bias: nn.Parameter | None
+    project_weight: nn.Parameter
+    project_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -480,8 +573,8 @@ class FusedInvertedResidual(_FusedBlock):
     ) -> None:
         super().__init__(stock, parameters, exact_biases, act_min, act_max)
         self.out_channels, self.hidden_channels = self.project_weight.shape[:2]
-        expands = self.expand_weight is not None
-        self.in_channels = self.expand_weight.shape[1] if expands else self.hidden_channels
+        expand = self.expand_weight
+        self.in_channels = self.hidden_channels if expand is None else expand.shape[1]
         self.kernel_size = tuple(self.depthwise_weight.shape[2:])
         self.stride = tuple(stride)
         #: (left, right, top, bottom), or None for TensorFlow's SAME, found from the input's size
@@ -525,15 +618,32 @@ class FusedInvertedResidual(_FusedBlock):
     def _pack(self) -> Tensor | None:
         return packing.pack_inverted_residual(*self._tensors())
 
-    def forward(self, input: Tensor) -> Tensor:
-        self._require_eval()
-        ops._refuse_grad(self.kind, input)
-        batched = _batched(input)
+    def _tensors(
+        self,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]:
+        """The weights, and the biases in float32, in the order in which the op takes them."""
+        exact = self.exact_biases
+        return (
+            self.expand_weight,
+            exact["expand_bias"],
+            self.depthwise_weight,
+            exact["depthwise_bias"],
+            self.project_weight,
+            exact["project_bias"],
+        )
+
+    op = "inverted_residual"
+
+    @property
+    def pads_same(self) -> bool:
+        return self.padding is None
+
+    def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
         padding = self.padding
         if padding is None:
-            padding = same_padding(batched, self.kernel_size, self.stride, (1, 1))
-        out = ops._inverted_residual(
-            batched,
+            assert input is not None
+            padding = same_padding(input, self.kernel_size, self.stride, (1, 1))
+        return (
             self.expand_weight,
             self.expand_bias,
             self.depthwise_weight,
@@ -547,6 +657,12 @@ class FusedInvertedResidual(_FusedBlock):
             self.act_min,
             self.act_max,
         )
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._require_eval()
+        ops.refuse_grad(self.kind, input)
+        batched = _batched(input)
+        out = ops.raw.inverted_residual(batched, *self.arguments(batched))
         return out.squeeze(0) if input.dim() == 3 else out
 
     def extra_repr(self) -> str:
@@ -565,7 +681,12 @@ class FusedStemBlock(_FusedBlock):
     """
 
     kind = "stem_block"
-    kernel = "stem_block"
+    stem_weight: nn.Parameter
+    stem_bias: nn.Parameter | None
+    depthwise_weight: nn.Parameter
+    depthwise_bias: nn.Parameter | None
+    project_weight: nn.Parameter
+    project_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -599,7 +720,7 @@ class FusedStemBlock(_FusedBlock):
             block: without expansion and residual, of stride 1.
             stock: the module that both replace, if any.
         """
-        parameters = {
+        parameters: dict[str, nn.Parameter | None] = {
             "stem_weight": stem.weight,
             "stem_bias": stem.bias,
             "depthwise_weight": block.depthwise_weight,
@@ -625,15 +746,32 @@ class FusedStemBlock(_FusedBlock):
     def _pack(self) -> Tensor | None:
         return packing.pack_stem_block(*self._tensors())
 
-    def forward(self, input: Tensor) -> Tensor:
-        self._require_eval()
-        ops._refuse_grad(self.kind, input)
-        batched = _batched(input)
+    def _tensors(
+        self,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]:
+        """The weights, and the biases in float32, in the order in which the op takes them."""
+        exact = self.exact_biases
+        return (
+            self.stem_weight,
+            exact["stem_bias"],
+            self.depthwise_weight,
+            exact["depthwise_bias"],
+            self.project_weight,
+            exact["project_bias"],
+        )
+
+    op = "stem_block"
+
+    @property
+    def pads_same(self) -> bool:
+        return self.stem_padding is None
+
+    def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
         stem_padding = self.stem_padding
         if stem_padding is None:
-            stem_padding = same_padding(batched, self.stem_kernel_size, self.stem_stride, (1, 1))
-        out = ops._stem_block(
-            batched,
+            assert input is not None
+            stem_padding = same_padding(input, self.stem_kernel_size, self.stem_stride, (1, 1))
+        return (
             self.stem_weight,
             self.stem_bias,
             self.depthwise_weight,
@@ -647,6 +785,12 @@ class FusedStemBlock(_FusedBlock):
             self.act_min,
             self.act_max,
         )
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._require_eval()
+        ops.refuse_grad(self.kind, input)
+        batched = _batched(input)
+        out = ops.raw.stem_block(batched, *self.arguments(batched))
         return out.squeeze(0) if input.dim() == 3 else out
 
     def extra_repr(self) -> str:
@@ -671,7 +815,6 @@ class FusedConvPool(Swapped):
     """
 
     kind = "conv_pool"
-    kernel = "conv_pool"
 
     def __init__(
         self,
@@ -702,15 +845,22 @@ class FusedConvPool(Swapped):
             stock, conv.weight, conv.bias, pool.keepdim, pool.dims, conv.act_min, conv.act_max
         )
 
+    op = "conv_pool"
+
+    def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
+        return self.weight, self.bias, self.act_min, self.act_max
+
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
-        ops._refuse_grad(self.kind, input)
-        arguments = (self.weight, self.bias, self.act_min, self.act_max)
+        ops.refuse_grad(self.kind, input)
+        out = ops.raw.conv_pool(_batched(input), *self.arguments(input))
         if input.dim() == 3:
-            pooled = ops._conv_pool(input.unsqueeze(0), *arguments)[0, :, None, None]
-            return pooled.mean(self.dims, keepdim=self.keepdim)  # of one pixel, by stock's rules
-        out = ops._conv_pool(input, *arguments)
+            # Of one pixel, by stock's rules.
+            return out[0, :, None, None].mean(self.dims, keepdim=self.keepdim)
         return out[:, :, None, None] if self.keepdim else out
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        return [(1, self.in_channels, _COMMON_SIZE, _COMMON_SIZE)]
 
     def extra_repr(self) -> str:
         return (
@@ -730,16 +880,18 @@ class Folded(Swapped):
         rest: what remains to be done here.
     """
 
-    kernel = "folded"
-
     def __init__(self, stock: nn.Module, into: str, rest: nn.Module | None = None) -> None:
         super().__init__(stock)
         self.into = into
         self.rest = rest
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
+    def kind(self) -> str:
         return type(self.stock).__name__
+
+    @property
+    def kernel(self) -> str:
+        return "folded"
 
     def forward(self, input: Tensor) -> Tensor:
         self._require_eval()
@@ -754,18 +906,17 @@ def pad_of(module: nn.Module) -> tuple[int, int, int, int] | None:
     constant zero padding of an image."""
     if type(module) is nn.ConstantPad2d and module.value != 0:
         return None
-    if type(module) not in (nn.ZeroPad2d, nn.ConstantPad2d):
-        return None
-    padding = module.padding
-    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
-    return sides if min(sides) >= 0 else None
+    if type(module) is nn.ZeroPad2d or type(module) is nn.ConstantPad2d:
+        left, right, top, bottom = module.padding
+        return (left, right, top, bottom) if min(module.padding) >= 0 else None
+    return None
 
 
 def bounds_of(module: nn.Module) -> tuple[float | None, float | None] | None:
     """The (min, max) of an activation that is a clamp, or None if it is another function."""
     if type(module) is nn.ReLU:
         return (0.0, None)
-    if type(module) in (nn.ReLU6, nn.Hardtanh):
+    if type(module) is nn.ReLU6 or type(module) is nn.Hardtanh:
         return (float(module.min_val), float(module.max_val))
     return None
 

@@ -10,14 +10,20 @@ where a pattern contains a function call (`x + self.conv(x)`, `x.mean([2, 3])`) 
 one module is replaced by the code of its rewritten graph. Whatever is not matched exactly stays as
 it was, with a reason.
 
-How blocks are fused, at level "block". The graphs now call our own layers, so a second round can
-match chains of these: an inverted residual, the stem with the block after it, the last convolution
-with the pooling. A fused block shares the parameters of its layers and is a new child of the module
-whose forward holds the chain and now calls the block instead. The layers stay where they are, so
-that a part of the model that is called on its own still does what it did. A chain may cross into a
-module with a forward of its own, which is then copied into the outer one. Only in a Sequential,
-whose children are its forward, and in a GraphModule, which loses on a copy what it does not call,
-the block stands in the place of its first layer, and the others become `Folded`.
+How blocks are fused, at level "block" and beyond. The graphs now call our own layers, so a second
+round can match chains of these: an inverted residual, the stem with the block after it, the last
+convolution with the pooling. A fused block shares the parameters of its layers and is a new child
+of the module whose forward holds the chain and now calls the block instead. The layers stay where
+they are, so that a part of the model that is called on its own still does what it did. A chain may
+cross into a module with a forward of its own, which is then copied into the outer one. Only in a
+Sequential, whose children are its forward, and in a GraphModule, which loses on a copy what it does
+not call, the block stands in the place of its first layer, and the others become `Folded`.
+
+How chains become one call, at level "network". Where the forward of a module, with those of modules
+inside it copied into it, is a chain of our layers, a second forward calls `ops.network` instead
+(chains.py). It is taken unless somebody watches the layers: hooks, a profiler, a tracer. Nothing is
+added to the tree, but for a GraphModule, whose graph calls a network in the place of the first
+layer.
 """
 
 from __future__ import annotations
@@ -31,24 +37,31 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from . import _extension, fold, modules, ops
+from . import _extension, chains, flops, modules, ops
 from .errors import Error
 from .mobilenet import SamePad2d
 from .modules import Swapped
+from .weights import fold
 
 FilterFn = Callable[[str, nn.Module], bool]
 
-LEVELS = ("op", "block")
+LEVELS = ("op", "block", "network")
+#: The levels at which every layer and every fused block is a call of its own.
+LAYER_LEVELS = ("op", "block")
 #: The attribute under which a module that stays stock says why, and a module whose forward has
 #: function calls that stay stock lists them.
 _REASON = "torch_mbv2_reason"
 _CALLS = "torch_mbv2_calls"
+#: The attributes, not modules, of a module whose forward takes chains of layers in one call:
+#: whether it may (chains.Guard), and the calls (of chains.Network), numbered.
+_GUARD = "torch_mbv2_guard"
+_NETWORK = "torch_mbv2_network_"
 #: Stock modules that a kernel exists for; `strict` insists on these.
 _SUPPORTED = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm2d)
 #: The functions that do the same; `report` lists the calls that stay stock.
@@ -87,10 +100,14 @@ class Report:
     Attributes:
         rows: one for each layer, in the order of `named_modules`.
         note: None where the CUDA kernels can run, else why they cannot.
+        networks: the chains that run in one call: the name of the module whose forward calls it,
+            and the number of layers. (What a part of such a chain does that is called on its own,
+            is not listed.)
     """
 
     rows: list[Row]
     note: str | None = None
+    networks: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def patched(self) -> list[Row]:
@@ -104,7 +121,7 @@ class Report:
 
     def summary(self) -> str:
         """One line: how many layers run on which kernels, and how many stay stock."""
-        counts = Counter(row.kernel for row in self.patched)
+        counts = Counter(k for row in self.patched for k in (row.kernel or "").split(" + "))
         kernels = ", ".join(f"{n} {kernel}" for kernel, n in counts.most_common())
         folded = sum(row.kernel == "folded" for row in self.rows)
         parts = [
@@ -115,10 +132,11 @@ class Report:
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data: {"summary", "note", "rows": [{...}]}."""
+        """The report as plain data: {"summary", "note", "networks", "rows": [{...}]}."""
         return {
             "summary": self.summary(),
             "note": self.note,
+            "networks": self.networks,
             "rows": [asdict(row) for row in self.rows],
         }
 
@@ -135,6 +153,8 @@ class Report:
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
         lines.append(self.summary())
+        for name, count in self.networks:
+            lines.append(f"{name or 'the model'} runs {_layers(count)} in one call")
         if self.note is not None:
             lines.append(f"kernels run as stock PyTorch operators here: {self.note}")
         return "\n".join(lines)
@@ -147,30 +167,74 @@ def _layers(count: int) -> str:
 # ------------------------------------------------------------------------- rewritten forwards
 
 
-class _RewrittenForward:
-    """Mixin of a model's own class, with a forward that is the code of an fx graph."""
+@dataclass(frozen=True)
+class _Code:
+    """A forward as source, with the names that it uses."""
 
-    _origin: tuple[type[nn.Module], str, tuple[tuple[str, Any], ...]]
+    source: str
+    names: tuple[tuple[str, Any], ...]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        base, source, names = type(self)._origin
+    @classmethod
+    def of(cls, graph: fx.Graph) -> _Code:
+        code = graph.python_code("self")
+        return cls(code.src, tuple(sorted(code.globals.items(), key=lambda item: item[0])))
+
+    def compile(self, owner: type[nn.Module]) -> Callable[..., Any]:
+        namespace = dict(self.names)
+        name = f"<torch_mbv2 forward of {owner.__qualname__}>"
+        exec(compile(self.source, name, "exec"), namespace)
+        forward: Callable[..., Any] = namespace["forward"]
+        return forward
+
+    def __reduce__(self) -> Any:
         # Modules cannot be pickled; their names can.
         portable = tuple(
             (key, ("module", value.__name__) if isinstance(value, types.ModuleType) else value)
-            for key, value in names
+            for key, value in self.names
         )
-        return _restore_rewritten, (base, source, portable), self.__dict__
+        return _restore_code, (self.source, portable)
+
+
+def _restore_code(source: str, portable: tuple[tuple[str, Any], ...]) -> _Code:
+    names = tuple(
+        (key, importlib.import_module(value[1]) if isinstance(value, tuple) else value)
+        for key, value in portable
+    )
+    return _Code(source, names)
+
+
+#: What a class with another forward is made from: the model's own class, and the code that runs
+#: layer by layer, if that is not the class's own, and the one with networks, if there is any.
+_Origin = tuple[type[nn.Module], _Code | None, _Code | None]
+
+
+class _RewrittenForward:
+    """Mixin of a model's own class with another forward: layer by layer the code of an fx graph, or
+    the class's own, and, where `_GUARD` lets it, one in which chains of layers are one call."""
+
+    _origin: _Origin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restore_rewritten, type(self)._origin, self.__dict__
 
 
 @functools.cache
-def _rewritten_class(
-    base: type[nn.Module], source: str, names: tuple[tuple[str, Any], ...]
-) -> type[nn.Module]:
-    namespace = dict(names)
-    exec(compile(source, f"<torch_mbv2 forward of {base.__qualname__}>", "exec"), namespace)
+def _rewritten_class(origin: _Origin) -> type[nn.Module]:
+    base, layers, networks = origin
+    by_layer = base.forward if layers is None else layers.compile(base)
+    forward = by_layer
+    if networks is not None:
+        by_network = networks.compile(base)
+
+        @functools.wraps(by_layer)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            guard = self.__dict__.get(_GUARD)
+            run = by_network if guard is not None and guard(self) else by_layer
+            return run(self, *args, **kwargs)
+
     body = {
-        "forward": namespace["forward"],
-        "_origin": (base, source, names),
+        "forward": forward,
+        "_origin": origin,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
     }
@@ -178,33 +242,36 @@ def _rewritten_class(
 
 
 def _restore_rewritten(
-    base: type[nn.Module], source: str, portable: tuple[tuple[str, Any], ...]
+    base: type[nn.Module], layers: _Code | None, networks: _Code | None
 ) -> nn.Module:
-    names = tuple(
-        (key, importlib.import_module(value[1]) if isinstance(value, tuple) else value)
-        for key, value in portable
-    )
-    cls = _rewritten_class(base, source, names)
+    cls = _rewritten_class((base, layers, networks))
     return cls.__new__(cls)
 
 
-def _set_forward(module: nn.Module, graph: fx.Graph) -> None:
+def _set_forward(
+    module: nn.Module, layers: fx.Graph | None, networks: fx.Graph | None = None
+) -> None:
+    """Let `module` run the graph `layers` instead of its forward and, where it may, `networks`."""
     if isinstance(module, fx.GraphModule):
+        assert layers is not None
         # A GraphModule survives copying and pickling only with what its graph calls, so one of
         # those modules carries the stock graph.
         stock_graph = copy.deepcopy(module.graph)
-        module.graph = graph
+        module.graph = layers
         next(_swapped_in(module)).__dict__["stock_graph"] = stock_graph
         return
-    code = graph.python_code("self")
-    module.__class__ = _rewritten_class(
-        type(module), code.src, tuple(sorted(code.globals.items(), key=lambda item: item[0]))
+    by_layer, by_network = (
+        None if graph is None else _Code.of(graph) for graph in (layers, networks)
     )
+    module.__class__ = _rewritten_class((type(module), by_layer, by_network))
 
 
 def _reset_forward(module: nn.Module) -> None:
-    if isinstance(module, _RewrittenForward):
-        module.__class__ = type(module)._origin[0]
+    origin = type(module)._origin if isinstance(module, _RewrittenForward) else None
+    if origin is not None:
+        module.__class__ = origin[0]
+        for name in [name for name in vars(module) if name == _GUARD or name.startswith(_NETWORK)]:
+            delattr(module, name)
     elif isinstance(module, fx.GraphModule):
         for swapped in _swapped_in(module):
             if "stock_graph" in swapped.__dict__:
@@ -245,6 +312,12 @@ def _is_torch_leaf(module: nn.Module) -> bool:
         type(module).__module__.startswith(("torch.nn.", "torch.ao."))
         and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
     )
+
+
+def _node(argument: fx.node.Argument) -> fx.Node:
+    """An argument that is the value of a call, or of a placeholder."""
+    assert isinstance(argument, fx.Node)
+    return argument
 
 
 class _LocalTracer(fx.Tracer):
@@ -330,7 +403,7 @@ class _Scope:
     def made_by(self, node: fx.Node) -> fx.Node:
         """What makes the value of `node`, through identities."""
         while self.idle(node):
-            node = node.args[0]
+            node = _node(node.args[0])
         return node
 
     def replace(self, node: fx.Node, new: nn.Module) -> None:
@@ -414,20 +487,23 @@ class _Scope:
         _set_submodule(self.root, str(first.target), block)
         self.calls[id(block)] = 1
         into = self.full_name(first)
-        names = {self.full_name(node) for node in others}
+        # What was folded into a layer of a network is still that layer's.
+        moves = not isinstance(block, chains.Network)
+        names = {self.full_name(node) for node in others} if moves else set()
         for node in self.graph.nodes:
             module = self.module(node)
             if isinstance(module, modules.Folded) and module.into in names:
                 module.into = into
         for node in others:
             # Those done before are idle now, so it is the block that makes the value of this one.
-            (value,) = (operand for operand in node.args if self.made_by(operand) is first)
+            value = next(operand for operand in node.args if self.made_by(_node(operand)) is first)
             if node.target in self.added:
                 self.erase(node, value)
                 self._forget(str(node.target))
                 continue
             module = self.module(node)
             stock = module.stock if isinstance(module, Swapped) else module
+            assert stock is not None  # a module without one was added to the root: erased above
             _set_submodule(self.root, str(node.target), modules.Folded(stock, into))
             if node.args != (value,):
                 node.args = (value,)
@@ -473,7 +549,7 @@ class _Scope:
             if original.op in ("call_module", "get_attr"):
                 copied.target = f"{node.target}.{original.target}"
         self.erase(node, value)
-        return copies[layer]
+        return _node(copies[layer])
 
 
 def _set_submodule(root: nn.Module, target: str, new: nn.Module) -> None:
@@ -547,28 +623,34 @@ def _take_activation(
     low, high = (None if b is None else float(b) for b in bounds)
     if low is not None and high is not None and not low <= high:
         return node, None, None
-    source = follower.args[0]
+    source = _node(follower.args[0])
     scope.drop(follower, into)
     return (follower if follower.op == "call_module" else source), low, high
 
 
+def _held(module: nn.Module, name: str) -> Any:
+    """An attribute of a module whose class is not imported here."""
+    return getattr(module, name)
+
+
 def _bounds_of(module: nn.Module) -> tuple[float | None, float | None] | None:
     if type(module).__name__ == "OnnxClip":
-        low, high = module.min_val, module.max_val
+        low, high = _held(module, "min_val"), _held(module, "max_val")
         return (None if low is None else float(low), None if high is None else float(high))
     return modules.bounds_of(module)
 
 
 def _split_norm(module: nn.Module) -> tuple[nn.BatchNorm2d, nn.Module | None] | None:
     """The batch norm in `module` and what it does after it, if it is one in eval mode."""
-    rest = None
+    rest: nn.Module | None = None
     if type(module) is not nn.BatchNorm2d:
         # timm's batch norm with its activation inside: norm, dropout (idle), activation.
         if type(module).__name__ != "BatchNormAct2d" or not isinstance(module, nn.BatchNorm2d):
             return None
         if type(module.drop) is not nn.Identity:
             return None
-        rest = None if type(module.act) is nn.Identity else module.act
+        act = module.get_submodule("act")
+        rest = None if type(act) is nn.Identity else act
     if module.running_mean is None or module.running_var is None or module.training:
         return None
     return module, rest
@@ -590,13 +672,18 @@ def _conv(scope: _Scope, node: fx.Node) -> bool:
         _set_submodule(scope.root, str(node.target), fused)
         scope.produced.add(node)
         return True
-    extra = "same" if _is_same_conv(conv) else _take_padding(scope, node, name)
+    extra: _Padding = "same" if _is_same_conv(conv) else _take_padding(scope, node, name)
     end, norm, low, high = node, None, None, None
     follower = scope.next(node)
     module = scope.module(follower) if follower is not None else None
     parts = _split_norm(module) if module is not None else None
     rest = None
-    if parts is not None and scope.takes(follower) is None and scope.calls[id(module)] == 1:
+    if (
+        follower is not None
+        and parts is not None
+        and scope.takes(follower) is None
+        and scope.calls[id(module)] == 1
+    ):
         norm, rest = parts
         bounds = None if rest is None else _bounds_of(rest)
         if bounds is not None:
@@ -607,10 +694,8 @@ def _conv(scope: _Scope, node: fx.Node) -> bool:
         end = follower
     if rest is None and low is None and high is None:
         end, low, high = _take_activation(scope, end, name)
-    same = extra == "same"
-    fused = modules.FusedConv2d.from_stock(
-        conv, norm, (0, 0, 0, 0) if same else extra, same, low, high
-    )
+    sides = (0, 0, 0, 0) if isinstance(extra, str) else extra
+    fused = modules.FusedConv2d.from_stock(conv, norm, sides, extra == "same", low, high)
     scope.replace(node, fused)
     scope.produced.update((node, end))
     return True
@@ -621,7 +706,7 @@ def _is_same_conv(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv2dSame" and type(module).__module__.startswith("timm.")
 
 
-def _is_conv(module: nn.Module) -> bool:
+def _is_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return type(module) is nn.Conv2d or _is_same_conv(module)
 
 
@@ -631,8 +716,12 @@ def _conv_reason(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _take_padding(scope: _Scope, node: fx.Node, into: str) -> Any:
-    """Fold the zero padding before a convolution: the sides as in F.pad, or "same"."""
+#: The sides as in F.pad, or "same".
+_Padding = tuple[int, ...] | Literal["same"]
+
+
+def _take_padding(scope: _Scope, node: fx.Node, into: str) -> _Padding:
+    """Fold the zero padding before a convolution."""
     none = (0, 0, 0, 0)
     source = scope.previous(node)
     if source is None:
@@ -656,10 +745,10 @@ def _take_padding(scope: _Scope, node: fx.Node, into: str) -> Any:
     return sides
 
 
-def _pad_of(module: nn.Module, conv: nn.Module | None) -> Any:
+def _pad_of(module: nn.Module, conv: nn.Module | None) -> _Padding | None:
     if type(module).__name__ == "OnnxPadStatic":
-        pads = list(module.pads)  # as F.pad wants them, innermost first
-        zero = module.mode == "constant" and float(module.constant_value) == 0.0
+        pads = list(_held(module, "pads"))  # as F.pad wants them, innermost first
+        zero = module.mode == "constant" and float(_held(module, "constant_value")) == 0.0
         whole = len(pads) >= 4 and not any(pads[4:]) and min(pads) >= 0
         return tuple(pads[:4]) if zero and whole else None
     if type(module) is SamePad2d:
@@ -805,8 +894,8 @@ def _add(scope: _Scope, node: fx.Node) -> bool:
             return True
     elif not _calls(node, (operator.add, operator.iadd, torch.add), ("add", "add_")):
         return False
-    operands = node.args
-    if len(operands) != 2 or node.kwargs or not all(isinstance(x, fx.Node) for x in operands):
+    operands = [x for x in node.args if isinstance(x, fx.Node)]
+    if len(node.args) != 2 or len(operands) != 2 or node.kwargs:
         return False
     if not any(_through_identities(scope, x) in scope.produced for x in operands):
         return False
@@ -830,7 +919,7 @@ def _through_identities(scope: _Scope, node: fx.Node) -> fx.Node:
     while node.op == "call_module" and isinstance(scope.module(node), nn.Identity | modules.Folded):
         if node in scope.produced:
             return node
-        node = node.args[0]
+        node = _node(node.args[0])
     return node
 
 
@@ -858,26 +947,28 @@ def _leave_alone(scope: _Scope, why: str) -> None:
     for node in scope.graph.nodes:
         module = scope.module(node)
         center = isinstance(module, modules.GlobalAvgPool2d) or _is_depthwise(module)
-        if center and module.alone is None:
+        if center and isinstance(module, Swapped) and module.alone is None:
             module.alone = why
 
 
-def _is_depthwise(module: nn.Module | None) -> bool:
+def _is_depthwise(module: nn.Module | None) -> TypeGuard[modules.FusedConv2d]:
     return isinstance(module, modules.FusedConv2d) and module.kind == "depthwise"
 
 
 def _convolution(scope: _Scope, node: fx.Node | None) -> modules.FusedConv2d | None:
     """The convolution that `node`, and no other call, calls on a positional argument."""
     module = scope.module(node) if node is not None and node.args else None
-    alone = isinstance(module, modules.FusedConv2d) and scope.calls[id(module)] == 1
-    return module if alone else None
+    if isinstance(module, modules.FusedConv2d) and scope.calls[id(module)] == 1:
+        return module
+    return None
 
 
 def _pointwise(scope: _Scope, node: fx.Node | None) -> modules.FusedConv2d | None:
     """The same, if it is a 1 x 1 convolution of every pixel."""
     conv = _convolution(scope, node)
-    whole = conv is not None and conv.stride == (1, 1) and conv.padding == (0, 0, 0, 0)
-    return conv if whole and conv.kind == "pointwise" else None
+    if conv is None or conv.kind != "pointwise":
+        return None
+    return conv if conv.stride == (1, 1) and conv.padding == (0, 0, 0, 0) else None
 
 
 def _activation_of(module: Any) -> tuple[float | None, float | None]:
@@ -887,7 +978,7 @@ def _activation_of(module: Any) -> tuple[float | None, float | None]:
 def _fuse_inverted_residual(scope: _Scope, node: fx.Node) -> None:
     """[1 x 1 convolution,] depthwise convolution, 1 x 1 convolution [+ the input]."""
     depthwise = scope.module(node)
-    if not isinstance(depthwise, modules.FusedConv2d) or not _is_depthwise(depthwise):
+    if not _is_depthwise(depthwise):
         return
     before, after = scope.previous(node), scope.next(node)
     expand, project = _pointwise(scope, before), _pointwise(scope, after)
@@ -895,14 +986,14 @@ def _fuse_inverted_residual(scope: _Scope, node: fx.Node) -> None:
         depthwise.alone = "it is called in several places"
     elif depthwise.dilation != (1, 1):
         depthwise.alone = f"a fused block has no dilation {depthwise.dilation}"
-    elif project is None:
+    elif after is None or project is None:
         depthwise.alone = "no 1 x 1 convolution that is used only here comes right after it"
     elif _activation_of(project) != (None, None):
         depthwise.alone = "the 1 x 1 convolution after it has an activation"
     elif expand is not None and _activation_of(expand) != _activation_of(depthwise):
         depthwise.alone = "the 1 x 1 convolution before it has another activation"
     else:
-        chain = [node, after] if expand is None else [before, node, after]
+        chain = [node, after] if before is None or expand is None else [before, node, after]
         add = _residual_add(scope, chain)
         scope.fuse(
             chain if add is None else [*chain, add],
@@ -914,14 +1005,16 @@ def _residual_add(scope: _Scope, chain: Sequence[fx.Node]) -> fx.Node | None:
     """The call that adds the input of `chain` to its value, if nothing else uses the value."""
     add = scope.next(chain[-1])
     module = scope.module(add) if add is not None else None
-    if not isinstance(module, modules.Add) or scope.calls[id(module)] != 1:
+    if add is None or not isinstance(module, modules.Add) or scope.calls[id(module)] != 1:
         return None
-    operands = {scope.made_by(operand) for operand in add.args}
-    source = scope.made_by(chain[0].args[0])
+    operands = {scope.made_by(_node(operand)) for operand in add.args}
+    source = scope.made_by(_node(chain[0].args[0]))
     if _activation_of(module) != (None, None) or operands != {source, chain[-1]}:
         return None
     first, depthwise, project = (scope.module(chain[i]) for i in (0, -2, -1))
+    assert isinstance(first, modules.FusedConv2d)
     assert isinstance(depthwise, modules.FusedConv2d)
+    assert isinstance(project, modules.FusedConv2d)
     keeps_size = depthwise.stride == (1, 1)
     if depthwise.padding is not None:
         left, right, top, bottom = depthwise.padding
@@ -955,6 +1048,90 @@ def _fuse_conv_pool(scope: _Scope, node: fx.Node) -> None:
         return
     if scope.calls[id(pool)] == 1:
         scope.fuse([node, scope.enter(after)], modules.FusedConvPool.from_stock(conv, pool))
+
+
+# ---------------------------------------------------------------------------------------- chains
+
+
+def _link_chains(scope: _Scope) -> fx.Graph | None:
+    """Put the chains of layers in a scope into networks: the graph of a forward that calls these,
+    or None if there is no chain or the scope's own graph calls them."""
+    if not scope.filter_fn(scope.name, scope.root):
+        return None
+    if isinstance(scope.root, fx.GraphModule):
+        for chain in _find_chains(scope, scope.graph):
+            called = [node for node in chain.nodes if not scope.idle(node)]
+            if all(scope.calls[id(scope.module(node))] == 1 for node in called):
+                scope.fuse(called, chains.Network(chain.links, owned=True))
+        return None
+    graph = _flat_graph(scope)
+    found = _find_chains(scope, graph)
+    if not found:
+        return None
+    paths: set[str] = set()
+    # The last first: one may take what the one before it makes.
+    for number, chain in reversed(list(enumerate(found))):
+        paths.update(str(node.target) for node in chain.nodes if node.op == "call_module")
+        name = f"{_NETWORK}{number}"
+        # A method, not a module: it is no part of the tree, and tracers see the layers.
+        scope.root.__dict__[name] = chains.Network(chain.links).forward
+        last = chain.nodes[-1]
+        with graph.inserting_after(last):
+            call = graph.call_module(name, (chain.source,))
+        last.replace_all_uses_with(call)
+        for node in reversed(chain.nodes):
+            graph.erase_node(node)
+    scope.root.__dict__[_GUARD] = chains.Guard(scope.root, sorted(paths))
+    return graph
+
+
+def _find_chains(scope: _Scope, graph: fx.Graph) -> list[chains.Chain]:
+    def layer_of(node: fx.Node) -> Swapped | str | None:
+        module = scope.module(node)
+        if isinstance(module, Swapped):
+            return module if module.op is not None else None
+        whole = not isinstance(scope.root, fx.GraphModule) and _flattens(node, module)
+        return chains.FLATTEN if whole else None
+
+    return chains.find_chains(graph, layer_of, scope.idle, scope.full_name)
+
+
+def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
+    """`torch.flatten(x, 1)`, `x.flatten(1)` or nn.Flatten(), without hooks."""
+    if module is not None:
+        whole = type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+        return whole and not _has_hooks(module)
+    if not _calls(node, (torch.flatten,), ("flatten",)):
+        return False
+    return (_argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1)) == (1, -1)
+
+
+def _flat_graph(scope: _Scope) -> fx.Graph:
+    """A copy of the scope's graph in which modules with a forward of their own are replaced by what
+    they call, as far as that is traced."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(scope.graph, {}))
+    waiting = list(graph.nodes)
+    while waiting:
+        node = waiting.pop(0)
+        inner = scope.scopes.get(id(scope.module(node)))
+        if inner is None or len(node.args) != 1 or node.kwargs or inner is scope:
+            continue
+        if _untouchable(inner.root, inner.name, scope.filter_fn) is not None:
+            continue
+        arguments = [a for a in inner.graph.nodes if a.op == "placeholder"]
+        if any(argument.users for argument in arguments[1:]):
+            continue
+        copies: dict[fx.Node, Any] = dict.fromkeys(arguments, node.args[0])
+        with graph.inserting_before(node):
+            value = graph.graph_copy(inner.graph, copies)
+        for original, copied in copies.items():
+            if original.op in ("call_module", "get_attr"):
+                copied.target = f"{node.target}.{original.target}"
+                waiting.append(copied)
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
+    return graph
 
 
 # ------------------------------------------------------------------------------------------- api
@@ -1013,7 +1190,7 @@ def _trace_all(
 def patch(
     model: nn.Module,
     *,
-    level: str = "block",
+    level: str = "network",
     filter_fn: FilterFn | None = None,
     strict: bool = False,
     inplace: bool = False,
@@ -1028,7 +1205,9 @@ def patch(
     Args:
         model: in eval mode; float32, float16 or bfloat16; on any device.
         level: "op" swaps layer by layer; "block" also fuses inverted residuals, the stem with the
-            block after it, and the last convolution with the pooling.
+            block after it, and the last convolution with the pooling; "network" also runs chains of
+            these, as a rule the whole forward, in one call. (Values that a forward branches on are
+            then those of now.)
         filter_fn: `filter_fn(qualified_name, module)` returns whether a module may be swapped, or,
             for one with layers inside, whether its forward may be rewritten.
         strict: raise if a layer for whose kind a kernel exists would stay stock.
@@ -1057,8 +1236,9 @@ def patch(
             "place; use the returned one (inplace=False)"
         )
     if _is_torch_leaf(model):
-        box = nn.Sequential(model).train(model.training)
-        return patch(box, level=level, filter_fn=filter_fn, strict=strict)[0]
+        box: nn.Module = nn.Sequential(model).train(model.training)
+        box = patch(box, level=level, filter_fn=filter_fn, strict=strict)
+        return box.get_submodule("0")
     if not inplace or strict:
         patched = unpatch(model)  # always a copy
         _patch(patched, level, filter_fn or _all)
@@ -1078,6 +1258,7 @@ def patch(
 
 
 def _patch(model: nn.Module, level: str, filter_fn: FilterFn) -> None:
+    flops.register(load=True)
     reasons: dict[int, str] = {}
     traced = list(_trace_all(model, reasons))
     calls = _count_calls(model, [g for _, _, g in traced], [m for _, m, _ in traced])
@@ -1092,15 +1273,16 @@ def _patch(model: nn.Module, level: str, filter_fn: FilterFn) -> None:
         left = [_call_name(node) for node in graph.nodes if _calls(node, _FUNCTIONS)]
         if left:
             module.__dict__[_CALLS] = left
-    if level == "block":
+    if level != "op":
         for scope in reversed(scopes.values()):  # a module after those inside it
             _fuse_blocks(scope)
-    for scope in scopes.values():
-        if scope.rewritten:
+    for scope in reversed(scopes.values()):
+        networks = _link_chains(scope) if level == "network" else None
+        if scope.rewritten or networks is not None:
             scope.graph.lint()
-            _set_forward(scope.root, scope.graph)
+            _set_forward(scope.root, scope.graph if scope.rewritten else None, networks)
     for layer in _swap_untraced(model, filter_fn, reasons):
-        if level == "block" and _is_depthwise(layer):
+        if level != "op" and _is_depthwise(layer):
             layer.alone = "torch.fx cannot trace the forward that calls it"
     for name, module in model.named_modules():
         if isinstance(module, Swapped):
@@ -1129,12 +1311,12 @@ def _swap_untraced(
         if reason is not None:
             reasons[id(module)] = reason
             continue
-        swap = {
-            nn.Conv2d: modules.FusedConv2d,
-            nn.Linear: modules.FusedLinear,
-            nn.AvgPool2d: modules.AvgPool2d,
-        }[type(module)]
-        new = swap.from_stock(module)
+        swaps: dict[type[nn.Module], Callable[[Any], Swapped]] = {
+            nn.Conv2d: modules.FusedConv2d.from_stock,
+            nn.Linear: modules.FusedLinear.from_stock,
+            nn.AvgPool2d: modules.AvgPool2d.from_stock,
+        }
+        new = swaps[type(module)](module)
         _set_submodule(model, name, new)
         yield new
 
@@ -1178,7 +1360,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
             conv, follower = scope.module(node), scope.next(node)
             norm = scope.module(follower) if follower is not None else None
             parts = _split_norm(norm) if norm is not None else None
-            if conv is None or norm is None or parts is None or not _is_conv(conv):
+            if follower is None or conv is None or parts is None or not _is_conv(conv):
                 continue
             if calls[id(conv)] != 1 or calls[id(norm)] != 1:
                 continue
@@ -1227,20 +1409,42 @@ def report(model: nn.Module) -> Report:
         if any(m.training for m in model.modules()):
             model = copy.deepcopy(model).eval()
         model = patch(model)
-    return Report(list(_rows(model)), _extension.why_not_available())
+    networks = [(name, len(network.layers_in_order())) for name, network in _networks(model)]
+    return Report(list(_rows(model)), _extension.why_not_available(), networks)
+
+
+def _networks(model: nn.Module) -> Iterator[tuple[str, chains.Network]]:
+    """The chains that run in one call when the whole model runs, by the name of the module whose
+    forward calls them."""
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        networks = [
+            value.__self__ for key, value in vars(module).items() if key.startswith(_NETWORK)
+        ]
+        if isinstance(module, chains.Network):
+            networks.append(module)
+        for network in networks:
+            layers = {id(layer) for layer in network.layers_in_order()}
+            if not layers <= inside:
+                yield name, network
+            inside |= layers
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:
     inside: set[int] = set()
+    # A network stands in the place of its first layer, and identities in the places of the others.
+    layers = {
+        link.name: link.layer
+        for m in model.modules()
+        if isinstance(m, chains.Network)
+        for link in m.links
+    }
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
         if isinstance(module, Swapped):
             inside.update(id(m) for m in module.modules())
-            if module.absorbed_by is None:
-                yield Row(name, module.kind, _detail(module), module.kernel, module.alone)
-            else:
-                yield Row(name, module.kind, f"into {module.absorbed_by}", "folded", None)
+            yield _row(name, layers.get(name) or module)
             if isinstance(module, modules.Folded) and module.rest is not None:
                 kind = type(module.rest).__name__
                 yield Row(f"{name}.rest", kind, "", None, f"no kernel for {kind}", False)
@@ -1254,6 +1458,15 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             leaf = not any(True for _ in module.children())
             supported = leaf and isinstance(module, _SUPPORTED)
             yield Row(name, type(module).__name__, _detail(module), None, reason, supported)
+
+
+def _row(name: str, module: Swapped) -> Row:
+    if module.absorbed_by is not None:
+        return Row(name, module.kind, f"into {module.absorbed_by}", "folded", None)
+    reason = module.alone
+    if reason is None and module.op is not None:
+        reason = module.plan().reason
+    return Row(name, module.kind, _detail(module), module.kernel, reason)
 
 
 def _detail(module: nn.Module) -> str:

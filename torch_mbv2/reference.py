@@ -1,5 +1,6 @@
-"""What each op means, in stock PyTorch operators: the CPU implementations call these functions, and
-the tests compare the CUDA kernels with them. They check nothing; `ops.py` does."""
+"""What each op means, in stock PyTorch operators, with the arguments of its schema: the CPU
+implementations call these functions, and the tests compare the CUDA kernels with them. They check
+nothing; `ops` does."""
 
 from __future__ import annotations
 
@@ -37,6 +38,18 @@ def conv2d(
         symmetric = (0, 0)
     out = F.conv2d(input, weight, bias, tuple(stride), symmetric, tuple(dilation), groups)
     return clamp(out, act_min, act_max)
+
+
+def conv2d_winograd(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    act_min: float | None,
+    act_max: float | None,
+) -> Tensor:
+    """`conv2d` with a stride and a dilation of 1, and one group."""
+    return conv2d(input, weight, bias, (1, 1), padding, (1, 1), 1, act_min, act_max)
 
 
 def linear(
@@ -100,6 +113,7 @@ def inverted_residual(
     depthwise_bias: Tensor | None,
     project_weight: Tensor,
     project_bias: Tensor | None,
+    packed: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     residual: bool,
@@ -107,7 +121,7 @@ def inverted_residual(
     act_max: float | None,
 ) -> Tensor:
     """`input` through `act(expand)` (if any), `act(depthwise)` and `project`, plus `input` with
-    `residual`; each step rounds, as stock layers do."""
+    `residual`; each step rounds, as stock layers do. `packed` holds nothing but the weights."""
     x = input
     if expand_weight is not None:
         x = _pointwise(x, expand_weight, expand_bias, act_min, act_max)
@@ -127,13 +141,15 @@ def stem_block(
     depthwise_bias: Tensor | None,
     project_weight: Tensor,
     project_bias: Tensor | None,
+    packed: Tensor | None,
     stem_stride: Sequence[int],
     stem_padding: Sequence[int],
     padding: Sequence[int],
     act_min: float | None,
     act_max: float | None,
 ) -> Tensor:
-    """`input.to(stem_weight.dtype)` through `act(stem)`, `act(depthwise)` and `project`."""
+    """`input.to(stem_weight.dtype)` through `act(stem)`, `act(depthwise)` and `project`. `packed`
+    holds nothing but the weights."""
     x = input.to(stem_weight.dtype)
     x = conv2d(x, stem_weight, stem_bias, stem_stride, stem_padding, (1, 1), 1, act_min, act_max)
     return inverted_residual(
@@ -144,6 +160,7 @@ def stem_block(
         depthwise_bias,
         project_weight,
         project_bias,
+        None,
         (1, 1),
         padding,
         False,

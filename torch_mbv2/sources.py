@@ -159,9 +159,9 @@ def _from_timm(name: str, pretrained: bool, seed: int) -> tuple[nn.Module, Model
     if why is not None:
         with _seeded(seed):
             model = timm.create_model(name, pretrained=False)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    size = config.get("input_size")
-    text = f"timm's {name}" + (f".{config['tag']}" if config.get("tag") else "")
+    settings: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    size = settings.get("input_size")
+    text = f"timm's {name}" + (f".{settings['tag']}" if settings.get("tag") else "")
     if why is not None:
         if size is not None:
             with _seeded(seed):
@@ -172,8 +172,8 @@ def _from_timm(name: str, pretrained: bool, seed: int) -> tuple[nn.Module, Model
         text,
         why is None,
         None if size is None else (None, *size),
-        mean=_floats(config.get("mean")),
-        std=_floats(config.get("std")),
+        mean=_floats(settings.get("mean")),
+        std=_floats(settings.get("std")),
     )
 
 
@@ -244,7 +244,8 @@ def _settle_norms(model: nn.Module, size: Sequence[int]) -> None:
         model(torch.randn(2, *size))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        norm.num_batches_tracked.zero_()
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.zero_()
 
 
 def _random_text(seed: int, wanted: str, why: str) -> str:

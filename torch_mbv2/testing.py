@@ -7,10 +7,12 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 ERROR_RATIO = 1.5
 """How much larger than stock PyTorch's an error may be, both against float64 in relative L2.
@@ -171,7 +173,16 @@ class Timing:
         return float(torch.tensor(self.samples, dtype=torch.float64).quantile(q))
 
 
-def capture(function: Callable[[], Any], warm_up: int = 3) -> tuple[Callable[[], None], Any]:
+@dataclass(frozen=True)
+class _Replay:
+    graph: torch.cuda.CUDAGraph
+    function: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def capture(function: Callable[[], T], warm_up: int = 3) -> tuple[Callable[[], None], T]:
     """A CUDA graph of what `function` launches: the call that replays it, and its result's tensors,
     which every replay overwrites. The call keeps `function`, and with it what the graph reads.
 
@@ -192,12 +203,7 @@ def capture(function: Callable[[], Any], warm_up: int = 3) -> tuple[Callable[[],
     with torch.cuda.graph(graph, stream=stream):
         result = function()
     torch._C._cuda_clearCublasWorkspaces()
-
-    def replay() -> None:
-        graph.replay()
-
-    replay.function = function
-    return replay, result
+    return _Replay(graph, function), result
 
 
 def time_interleaved(
@@ -264,4 +270,5 @@ def _sample_cuda(function: Callable[[], Any], calls: int) -> float:
         function()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000 / calls
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1000 / calls

@@ -7,9 +7,9 @@
 namespace torch_mbv2 {
 
 // What conv_pool plans for.
-ConvPoolProblem conv_pool_problem(const ConvPoolParams& p);
+plan::ConvPoolProblem conv_pool_problem(const ConvPoolParams& p);
 
 // As conv_pool of kernels.h, on any of conv_pool_candidates for the problem: to time them.
-cudaError_t conv_pool(const ConvPoolParams& p, const ConvPoolPlan& plan, cudaStream_t stream);
+cudaError_t conv_pool(const ConvPoolParams& p, const plan::ConvPoolPlan& plan, LaunchQueue& queue);
 
 }  // namespace torch_mbv2

@@ -22,7 +22,7 @@ template <typename T, int kHigh, bool kVectors>
 __global__ void __launch_bounds__(32 * kMostWarps, 1)
     direct_product(const __grid_constant__ ConvPoolParams p, const __grid_constant__ ImageShape s) {
   constexpr int kChannels = 16 * kHigh, kValues = 2 * kHigh;
-  constexpr int kAhead = kVectors ? kConvPoolAhead / kHigh : 1;
+  constexpr int kAhead = kVectors ? plan::kConvPoolAhead / kHigh : 1;
   __shared__ float partial[kMostWarps][kChannels];
 
   const int warps = blockDim.x / 32;

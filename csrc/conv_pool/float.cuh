@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(128, 3)
   constexpr int kK = 16, kPitch = kK + 4;
   constexpr int kPieces = (kTile + kColumns) * kK / 4;
   __shared__ __align__(16) float shared[kStages][(kTile + kColumns) * kPitch];
-  static_assert(kThreads == 32 * kConvPoolFloatWarps && kTile == kConvPoolFloatPixels &&
-                kK == kConvPoolFloatStepK);
+  static_assert(kThreads == 32 * plan::kConvPoolFloatWarps && kTile == plan::kConvPoolFloatPixels &&
+                kK == plan::kConvPoolFloatStepK);
   static_assert(sizeof(shared) <= 48 * 1024);
   static_assert(sizeof(shared) >= kDown * kColumns * sizeof(double));
 

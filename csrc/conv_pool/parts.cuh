@@ -16,19 +16,22 @@
 //   16 * kHigh, so that after the sum over pixels neighbouring lanes hold neighbouring channels.
 #pragma once
 
-#include "mma.cuh"
+#include "device/memory.cuh"
+#include "device/mma.cuh"
 #include "plan/conv_pool.h"
 
 namespace torch_mbv2::conv_pool_kernels {
 
-constexpr int kTileRows = kConvPoolTilePixels;  // pixels of two products side by side
-constexpr int kStepK = kConvPoolStepK;          // 64 bytes, 16 for each lane of a row
-constexpr int kMostWarps = kConvPoolMostWarps;
+constexpr int kTileRows = plan::kConvPoolTilePixels;  // pixels of two products side by side
+constexpr int kStepK = plan::kConvPoolStepK;          // 64 bytes, 16 for each lane of a row
+constexpr int kMostWarps = plan::kConvPoolMostWarps;
 
 // What a launch needs beyond ConvPoolParams where a thread block owns one image.
 struct ImageShape {
   int channel_groups;  // thread blocks that share an image
   float scale;         // 1 / pixels
+
+  static constexpr std::array<size_t, 0> pointers() { return {}; }
 };
 
 // 8 elements of a row, of which `left` are inside.

@@ -26,6 +26,8 @@ struct GroupShape {
   int images;          // of a group
   float scale;         // 1 / pixels
   PixelOrder order;
+
+  static constexpr std::array<size_t, 0> pointers() { return {}; }
 };
 
 template <int kSteps, int kHigh>
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   for (int j = 0; j < kHigh; ++j) remaining[j * threads] = float4{};
   float sum[kValues] = {};
   OctetPosition now(s.order);
-  const auto add_octet = [&](const float (&acc)[kHigh][4]) {
+  const auto add_octet = [&](const float(&acc)[kHigh][4]) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) sum[i] += acc[i / 2][i % 2 * 2] + acc[i / 2][i % 2 * 2 + 1];
   };
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
         } else {
 #pragma unroll
           for (int j = 0; j < kHigh; ++j) {
-            const float (&a)[4] = acc[half][j];
+            const float(&a)[4] = acc[half][j];
             remaining[j * threads] = make_float4(a[0], a[1], a[2], a[3]);
           }
         }

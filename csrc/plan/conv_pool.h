@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "conv_pool/pixel_order.h"
-#include "device.h"
+#include "plan/device.h"
 
-namespace torch_mbv2 {
+namespace torch_mbv2::plan {
 
 struct ConvPoolProblem {
   int64_t batch;
@@ -79,8 +79,8 @@ struct ConvPoolPlan {
   }
 };
 
-// The constants of the cost model, in clocks and bytes, fitted to times on an H100 and an H200. No
-// other GPU has been measured; all take these.
+// The constants of the cost model, in clocks and bytes; each architecture has its own, see
+// architecture.h. These were fitted to times on an H100 and an H200.
 struct ConvPoolCosts {
   // A tensor-core product of a warp, m16n8k16, on one of the four schedulers of a multiprocessor.
   double product = 6;        // where other warps fill the gaps
@@ -170,7 +170,7 @@ struct Model {
 // preferred. Never empty for batch and n of at least 1.
 inline std::vector<ConvPoolPlan> conv_pool_candidates(const ConvPoolProblem& p,
                                                       const Device& device,
-                                                      const ConvPoolCosts& costs = {}) {
+                                                      const ConvPoolCosts& costs) {
   using conv_pool_detail::ceil_div;
   const conv_pool_detail::Model model = {p, costs, device.multiprocessors};
   const int steps = int(ceil_div(p.k, kConvPoolStepK));
@@ -216,11 +216,11 @@ inline std::vector<ConvPoolPlan> conv_pool_candidates(const ConvPoolProblem& p,
 
 // The cheapest. A launcher also takes any other candidate: see conv_pool/conv_pool.h.
 inline ConvPoolPlan plan_conv_pool(const ConvPoolProblem& p, const Device& device,
-                                   const ConvPoolCosts& costs = {}) {
+                                   const ConvPoolCosts& costs) {
   const std::vector<ConvPoolPlan> plans = conv_pool_candidates(p, device, costs);
   return *std::min_element(
       plans.begin(), plans.end(),
       [](const ConvPoolPlan& a, const ConvPoolPlan& b) { return a.clocks < b.clocks; });
 }
 
-}  // namespace torch_mbv2
+}  // namespace torch_mbv2::plan

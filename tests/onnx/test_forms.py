@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime", reason="ONNX Runtime is the reference here")
 
 import numpy as np
 import onnx_forms
+import reports
 import torch
 from onnx import TensorProto, numpy_helper
 from onnx_forms import FORMS, LOW_PRECISION, QUANTISED, Form
@@ -51,8 +52,8 @@ def plain_kernels() -> Counter:
 
 
 def kernels(model: nn.Module) -> Counter:
-    """How many layers each kernel takes."""
-    return Counter(row.kernel for row in torch_mbv2.report(model).patched)
+    """How many layers each fused block or kernel takes."""
+    return reports.counts(model)
 
 
 def layers(model: nn.Module, kind: type) -> list[nn.Module]:

@@ -4,9 +4,10 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "plan/conv_pool.h"
+#include "plan/architecture.h"
 
 using namespace torch_mbv2;
+using namespace torch_mbv2::plan;
 
 namespace {
 
@@ -28,6 +29,8 @@ int main(int argc, char** argv) {
                                    std::atoi(argv[4]),  std::atoi(argv[5]), argv[6][0] == '1'};
   Device device{};
   device.multiprocessors = std::atoi(argv[7]);
-  for (const ConvPoolPlan& plan : conv_pool_candidates(problem, device)) print("candidate", plan);
-  print("chosen", plan_conv_pool(problem, device));
+  const ConvPoolCosts& costs = architecture_of(device.arch).conv_pool;
+  for (const ConvPoolPlan& plan : conv_pool_candidates(problem, device, costs))
+    print("candidate", plan);
+  print("chosen", plan_conv_pool(problem, device, costs));
 }

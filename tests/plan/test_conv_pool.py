@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-COMPILER = shutil.which("c++") or shutil.which("g++")
 
 
 class Problem(NamedTuple):
@@ -44,27 +38,6 @@ PROBLEMS = [
     Problem(1, 2**31 - 1, 8, 8, 4),
     Problem(2, 49, 2**31 - 8, 2**31 - 1),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Compiles a program of this folder, and runs it."""
-    if COMPILER is None:
-        pytest.skip("there is no C++ compiler")
-    folder = tmp_path_factory.mktemp("conv_pool")
-    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined"]
-    flags += ["-fno-sanitize-recover", f"-I{ROOT / 'csrc'}"]
-
-    def run(name, *arguments):
-        binary = folder / name
-        if not binary.exists():
-            source = Path(__file__).with_name(f"{name}.cpp")
-            subprocess.run([COMPILER, *flags, source, "-o", binary], check=True)
-        done = subprocess.run([binary, *map(str, arguments)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    return run
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import argparse
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ def _batches(text: str) -> list[int]:
     return list(dict.fromkeys(models.positive(part) for part in text.split(",")))
 
 
-def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
+def _names(known: Collection[str]) -> Callable[[str], list[str]]:
     """The type of an argument that lists some of the `known` names."""
 
     def parse(text: str) -> list[str]:
@@ -177,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
             except KeyboardInterrupt:  # what was measured before is not lost
                 if not rows:
                     raise
+    assert found is not None  # there are rows
     if all("skipped" in row for row in rows if row["contender"] in PATCHED):
         sizes = ", ".join(dict.fromkeys(str(row["batch"]) for row in rows))
         raise Error(f"the patched model has {NO_MEMORY} for any of these batch sizes: {sizes}")

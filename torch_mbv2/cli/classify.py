@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     "label", "probability"}]}]}; `label` is null without labels.
     """
     device = models.device(args.device)
-    labels = None if args.labels is None else read_labels(args.labels)
+    labels: Sequence[str] | None = None if args.labels is None else read_labels(args.labels)
     model = models.load(args.model, args.size)
     preprocessing = images.from_args(args, model.info, model.size)
     module = model.to(device, models.DTYPES[args.dtype])

@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default: float32",
     )
     parser.add_argument(
-        "--level", choices=LEVELS, default="block", help="of the patching; default: block"
+        "--level", choices=LEVELS, default="network", help="of the patching; default: network"
     )
     parser.add_argument(
         "--batch", type=models.positive, metavar="N", help=f"images of noise; default: {_BATCH}"
@@ -149,6 +149,8 @@ def run(args: argparse.Namespace) -> int:
         rivals = [STOCK]
     images = _images(args, model)
     tolerance = _tolerance_of(args)
+    # Where all is one call, there are no layers to look at; in blocks they run the same kernels.
+    layer_level = "block" if args.level == "network" else args.level
     with exact_settings():
         stock, images = model.to(device, dtype), images.to(device)
         patched = patch(stock, level=args.level)
@@ -168,12 +170,13 @@ def run(args: argparse.Namespace) -> int:
         layers = None
         if args.layers:
             batch = model.batch or len(images)
-            layers = compare_layers(stock, patched, models.fill(images[:batch], batch), tolerance)
+            by_layer = patch(stock, level=layer_level) if layer_level != args.level else patched
+            layers = compare_layers(stock, by_layer, models.fill(images[:batch], batch), tolerance)
         wrong = next((row["against"] for row in rows if not row["agrees"]), None)
         found = None
         if args.bisect and wrong is None:
             found = finding("the answers agree: there is nothing to be found")
-        elif args.bisect:
+        elif args.bisect and wrong is not None:
 
             def judge(candidate: nn.Module) -> list[dict[str, Any]]:
                 answers = outputs(candidate, images, model.batch)
@@ -181,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
                     _end_to_end(answers, expected[wrong], tolerances[wrong], depth, wrong, errors)
                 )
 
-            found = bisect(stock, args.level, judge)
+            found = bisect(stock, layer_level, judge)
     summary = report(patched)
     result = {
         "schema": 1,
@@ -432,7 +435,7 @@ def _print_layers(layers: dict[str, Any]) -> None:
 
 
 def _layer(row: dict[str, Any]) -> str:
-    return row["layer"] + (f" (call {row['call'] + 1})" if row["call"] else "")
+    return str(row["layer"]) + (f" (call {row['call'] + 1})" if row["call"] else "")
 
 
 def _print_bisect(found: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from torch_mbv2.cli import models
@@ -71,7 +71,7 @@ def read(path: str | Path) -> Image.Image:
     except Exception as error:  # decoders raise whatever they stumble over
         if isinstance(error, OSError) and error.strerror is not None:
             why = error.strerror
-        elif isinstance(error, Image.UnidentifiedImageError):
+        elif isinstance(error, UnidentifiedImageError):
             why = "not in a format that Pillow knows"
         else:
             why = str(error) or type(error).__name__
@@ -120,6 +120,8 @@ def from_args(args: argparse.Namespace, info: ModelInfo, size: tuple[int, int]) 
             f"{info.name} normalises its input itself: leave out --tf, --mean and --std; it takes "
             f"pixels from 0 to {info.white:g}"
         )
+    mean: Sequence[float]
+    std: Sequence[float]
     if args.tf:
         mean, std = (0.5,) * 3, (0.5,) * 3
     else:

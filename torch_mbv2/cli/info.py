@@ -18,7 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the environment; `--json` writes what `environment` and `kernels` return."""
-    found = {"schema": 1, "verb": "info", "environment": environment(), "kernels": kernels()}
+    found: dict[str, Any] = {
+        "schema": 1,
+        "verb": "info",
+        "environment": environment(),
+        "kernels": kernels(),
+    }
     output.emit(args.json, found, lambda: _print(found["environment"], found["kernels"]))
     return 0
 

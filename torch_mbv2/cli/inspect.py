@@ -76,7 +76,7 @@ from torch_mbv2.errors import ModelError, first_line
 from torch_mbv2.mobilenet import MobileNetV2
 from torch_mbv2.modules import Swapped, _FusedBlock
 from torch_mbv2.patch import (
-    LEVELS,
+    LAYER_LEVELS,
     Report,
     Row,
     _is_plain_sequential,
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model}: the model cannot be run on {args.dtype} images of shape {shape}: "
             f"{first_line(error)}"
         ) from error
-    patched = {level: patch(module, level=level) for level in LEVELS}
+    patched = {level: patch(module, level=level) for level in LAYER_LEVELS}
     runs = {"stock": stock}
     runs |= {level: operators(fast, shape, taken) for level, fast in patched.items()}
     found = report(patched["block"])
@@ -148,8 +148,7 @@ def run(args: argparse.Namespace) -> int:
         "macs": sum(row.macs for row in stock),
         "traffic": [_traffic(way, rows, stock, batch) for way, rows in runs.items()],
         "blocks_without_kernel": sum(
-            isinstance(row.module, _FusedBlock)
-            and not _has_kernel(row.module.packed, row.module.act_min)
+            isinstance(row.module, _FusedBlock) and row.module.plan().reason is not None
             for row in runs["block"]
         ),
         "report": {"summary": found.summary(), "note": found.note},
@@ -371,7 +370,7 @@ class _Dispatches(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         named = _named(func, args, kwargs)
-        if "packed" in named and not _has_kernel(named["packed"], named["act_min"]):
+        if "packed" in named and not _is_fused(func, named):
             with self:
                 return _one_by_one(named)
         inputs = _tensors((args, kwargs))
@@ -383,15 +382,19 @@ class _Dispatches(TorchDispatchMode):
         return result
 
 
-def _named(function: torch._ops.OpOverload, args: Any, kwargs: Any) -> dict[str, Any]:
+def _named(
+    function: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The arguments by the names of the schema."""
     names = [argument.name for argument in function._schema.arguments]
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _has_kernel(packed: Tensor | None, act_min: float | None) -> bool:
-    """Whether a block of these packed weights and this activation has a fused kernel."""
-    return packed is not None and act_min == 0
+def _is_fused(function: torch._ops.OpOverload, named: dict[str, Any]) -> bool:
+    """Whether a block runs as one kernel."""
+    op = function._schema.name.removeprefix("torch_mbv2::")
+    x, *arguments = named.values()
+    return ops.plan(op, [x.shape], x.dtype, arguments).reason is None
 
 
 def _one_by_one(block: dict[str, Any]) -> Tensor:
@@ -399,8 +402,8 @@ def _one_by_one(block: dict[str, Any]) -> Tensor:
     x, activation = block["input"], (block["act_min"], block["act_max"])
     if "stem_weight" in block:
         stem = (block["stem_weight"], block["stem_bias"])
-        options = (block["stem_stride"], block["stem_padding"])
-        x = ops.conv2d(x, *stem, *options, activation=activation)
+        window = (block["stem_stride"], block["stem_padding"])
+        x = ops.conv2d(x, *stem, *window, activation=activation)
     elif block["expand_weight"] is not None:
         x = ops.conv2d(x, block["expand_weight"], block["expand_bias"], activation=activation)
     weight, stride = block["depthwise_weight"], block.get("stride", 1)
@@ -542,12 +545,12 @@ def _fates_of_calls(
             yield _fate(folded_into="")
         elif len(doers) != len(calls):
             yield _fate()  # some are folded, but it cannot be told which
-        elif doers[index].module is None:
+        elif not isinstance(module := doers[index].module, Swapped):
             line = lines.get(first.name)
             reason = None if line is None else line.reason
             yield _fate(stock=reason or "no pattern with a kernel matches this call")
-        elif takers[doers[index].module.kind]:
-            yield _fate(kernel=doers[index].module.kernel)
+        elif takers[module.kind]:
+            yield _fate(kernel=module.kernel)
         else:
             yield _fate(folded_into=doers[index].name)
 
@@ -616,8 +619,9 @@ def _number(value: int | None) -> str:
 
 
 def _runs_on(row: dict[str, Any]) -> str:
-    if row["kernel"] is not None:
-        return row["kernel"]
+    kernel: str | None = row["kernel"]
+    if kernel is not None:
+        return kernel
     if row["folded_into"] is not None:
         return f"folded into {row['folded_into']}" if row["folded_into"] else "folded"
     return "" if row["stock"] is None else f"stock: {row['stock']}"

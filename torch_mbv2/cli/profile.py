@@ -31,7 +31,7 @@ from torch_mbv2.errors import Error
 from torch_mbv2.measure import profiling
 from torch_mbv2.measure.conditions import exact_settings, header, where
 from torch_mbv2.measure.layers import short_names
-from torch_mbv2.patch import LEVELS, patch, report
+from torch_mbv2.patch import LAYER_LEVELS, patch, report
 
 HELP = "show where the time goes, layer by layer, in a stock and a patched model"
 EXAMPLE = "profile torchvision:mobilenet_v2 --batch 32 --dtype float16 --trace traces"
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)
     models.add_case(parser)
     parser.add_argument(
-        "--level", choices=LEVELS, default="block", help="to patch at; default: block"
+        "--level", choices=LAYER_LEVELS, default="block", help="to patch at; default: block"
     )
     parser.add_argument(
         "--iterations",

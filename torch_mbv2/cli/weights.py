@@ -173,10 +173,10 @@ def _tensors(model: models.ImageModel, spec: str) -> tuple[list[_Tensor], list[s
     """The weight and bias of every convolution and linear layer in the order in which they run,
     and the names of all other parameters and floating-point buffers."""
     folded = fold_norms(model.module)
-    ran: dict[nn.Module, None] = {}  # a set that keeps the order
-    for module in folded.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_pre_hook(lambda module, _: ran.setdefault(module))
+    ran: dict[nn.Conv2d | nn.Linear, None] = {}  # a set that keeps the order
+    for layer in folded.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_pre_hook(lambda *_, layer=layer: ran.setdefault(layer))
     stored = dict((*folded.named_parameters(), *folded.named_buffers()))
     stored = {name: tensor for name, tensor in stored.items() if tensor.is_floating_point()}
     dtype = next((tensor.dtype for tensor in stored.values()), torch.float32)
@@ -406,7 +406,9 @@ def _is_number(text: str) -> bool:
 
 
 def _write_npz(directory: Path, tensors: Sequence[_Tensor]) -> None:
-    np.savez(directory / "weights.npz", **{tensor.name: tensor.to_numpy() for tensor in tensors})
+    # Of no one type for mypy: among these keywords could be allow_pickle.
+    arrays: dict[str, Any] = {tensor.name: tensor.to_numpy() for tensor in tensors}
+    np.savez(directory / "weights.npz", **arrays)
 
 
 @contextmanager
@@ -457,7 +459,8 @@ def _open_safetensors(directory: Path) -> Iterator[tuple[set[str], _Reader]]:
         if found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise _Fault("unreadable", f"{path.name}: {found.get_dtype()} is not compared")
         _require_shape(found.get_shape(), tensor.shape, path.name)
-        return archive.get_tensor(tensor.name).double()
+        values: Tensor = archive.get_tensor(tensor.name)
+        return values.double()
 
     try:
         archive = safetensors.safe_open(_require_file(path), framework="pt")

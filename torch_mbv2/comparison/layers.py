@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -138,13 +138,14 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self.copy = copy
         #: from the copy of an operand to the copy of the result, by what `_WATCHED` calls it
-        self.results: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.results: MutableMapping[Tensor, dict[str, Tensor]] = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = _WATCHED.get(getattr(func, "__name__", ""))
+        if kind is None:
+            return func(*args, **(kwargs or {}))
         # Copied before a function that works in place overwrites them.
-        tensors = [x for x in args if isinstance(x, Tensor)] if kind is not None else []
-        operands = [self.copy(tensor) for tensor in tensors]
+        operands = [self.copy(x) for x in args if isinstance(x, Tensor)]
         result = func(*args, **(kwargs or {}))
         for operand in operands:
             self.results.setdefault(operand, {})[kind] = self.copy(result)
@@ -173,9 +174,11 @@ def _record(
     events = itertools.count()
 
     def copy(tensor: Tensor) -> Tensor:
-        if copies.of(tensor) is None:
-            copies.learn(tensor, tensor.detach().clone())
-        return copies.of(tensor)
+        known: Tensor | None = copies.of(tensor)
+        if known is None:
+            known = tensor.detach().clone()
+            copies.learn(tensor, known)
+        return known
 
     def before(name: str, args: Any, kwargs: Any) -> None:
         # Now: a layer that works in place overwrites them.
@@ -305,22 +308,27 @@ def _function(module: nn.Module, operands: Sequence[Any]) -> Tensor:
     if not operands or any(operand is None for operand in operands):
         raise _Unmatched("its input comes from a function call, which cannot be seen in stock")
     if isinstance(module, modules.Add):
-        value = operands[0] + operands[1]
+        value: Tensor = operands[0] + operands[1]
         open_ended = module.act_min is None and module.act_max is None
         return value if open_ended else value.clamp(module.act_min, module.act_max)
     if isinstance(module, modules.GlobalAvgPool2d):
-        return operands[0].mean(module.dims, keepdim=module.keepdim)
+        mean: Tensor = operands[0].mean(module.dims, keepdim=module.keepdim)
+        return mean
     if isinstance(module, modules.AvgPool2d):
         return F.avg_pool2d(
             operands[0],
-            module.kernel_size,
-            module.stride,
-            module.padding,
+            _pair(module.kernel_size),
+            None if module.stride is None else _pair(module.stride),
+            _pair(module.padding),
             module.ceil_mode,
             module.count_include_pad,
             module.divisor_override,
         )
     raise _Unmatched("stock does not call its layers")
+
+
+def _pair(sizes: int | Sequence[int]) -> int | tuple[int, ...]:
+    return sizes if isinstance(sizes, int) else tuple(sizes)
 
 
 def _unpadded(module: Swapped, first: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

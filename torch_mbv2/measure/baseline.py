@@ -79,7 +79,8 @@ def load(path: str | Path, needed_by: str = "--baseline") -> dict[str, Any]:
         place = cause.json_path.removeprefix("$").removeprefix(".") or "the top level"
         rule = textwrap.shorten(cause.message, _LONGEST_RULE, placeholder=" ...")
         raise Error(f"{path}: {place} is not as {_SCHEMA.name} wants it: {rule}")
-    return found
+    result: dict[str, Any] = found
+    return result
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -348,7 +349,7 @@ def table(
     """(columns, rows, columns of numbers) for `output.print_table`: every row of whole networks,
     and of the layers those that changed."""
     columns = ("dtype", "batch", "row", "old", "now", "ratio", "verdict")
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             row["dtype"],
             str(row["batch"]),

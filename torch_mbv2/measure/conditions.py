@@ -53,7 +53,7 @@ def check_target(flag: str, path: str | Path) -> None:
 @contextmanager
 def exact_settings() -> Iterator[None]:
     """Stock at its best that is still exact: cuDNN tries its algorithms, and TF32 is off."""
-    wanted = (
+    wanted: tuple[tuple[object, str, bool], ...] = (
         (torch.backends.cudnn, "benchmark", True),
         (torch.backends.cudnn, "allow_tf32", False),
         (torch.backends.cuda.matmul, "allow_tf32", False),

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,8 @@ def _compiled(work: Work, mode: str | None) -> Ready:
     def call() -> Tensor:
         if mode is not None:
             torch.compiler.cudagraph_mark_step_begin()
-        return compiled(images)
+        logits: Tensor = compiled(images)
+        return logits
 
     def settle() -> None:  # records its CUDA graphs, and replays them
         call()
@@ -245,13 +246,16 @@ def _onnxruntime(work: Work) -> Ready:
         session.run_with_iobinding(binding, run)
         return logits
 
+    if stream is None:
+        return Ready(call, images, foreign=True)
+
     def call_on_stream() -> Tensor:
         stream.wait_stream(torch.cuda.current_stream())
         call()
         torch.cuda.current_stream().wait_stream(stream)
         return logits
 
-    return Ready(call if stream is None else call_on_stream, images, foreign=True)
+    return Ready(call_on_stream, images, foreign=True)
 
 
 def _export(work: Work) -> bytes:
@@ -261,7 +265,7 @@ def _export(work: Work) -> bytes:
         torch.onnx.export(
             copy.deepcopy(work.stock),
             (work.images,),
-            file,
+            cast(str, file),  # a file will do, too, without dynamo
             input_names=["images"],
             output_names=["logits"],
             dynamo=False,  # needs nothing besides the package onnx

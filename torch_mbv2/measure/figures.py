@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 import numpy as np
 from PIL import Image
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.container import Container
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
@@ -123,7 +124,8 @@ def digest(result: Result) -> str:
 def digest_of_picture(path: str | Path) -> str | None:
     """The `digest` of the result that a PNG shows; None if `save` did not write it."""
     with Image.open(path) as image:
-        return image.info.get(_DIGEST)
+        found: str | None = image.info.get(_DIGEST)
+        return found
 
 
 def check_path(path: str) -> None:
@@ -174,7 +176,7 @@ def png(figure: Figure) -> bytes:
 
 def _write(figure: Figure, target: Path | BinaryIO, suffix: str) -> None:
     with _style():
-        metadata = _METADATA[suffix](figure.get_label())
+        metadata = _METADATA[suffix](str(figure.get_label()))
         figure.savefig(target, format=suffix[1:], metadata=metadata)
 
 
@@ -237,15 +239,18 @@ def _throughput(row: Row) -> tuple[float, float, float]:
     return row["images_per_s"], *(1e3 * row["batch"] / row[key] for key in ("p90_ms", "p10_ms"))
 
 
-_LABELS = {_latency: "latency, ms", _throughput: "throughput, images/s"}
 _Quantity = Callable[[Row], tuple[float, float, float]]
+_LABELS: dict[_Quantity, str] = {
+    _latency: "latency, ms",
+    _throughput: "throughput, images/s",
+}
 
 
 def _draw_lines(
     axes: Axes, rows: Sequence[Row], batches: Sequence[int], quantity: _Quantity
-) -> dict[str, Artist]:
+) -> dict[str, Artist | Container]:
     """A line for each contender, with gaps where it was skipped; returns them."""
-    handles = {}
+    handles: dict[str, Artist | Container] = {}
     for name in _values(rows, "contender"):
         found = {row["batch"]: quantity(row) for row in rows if row["contender"] == name}
         points = np.array([found.get(batch, (math.nan,) * 3) for batch in batches])
@@ -268,7 +273,7 @@ def _draw_lines(
     axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
     if quantity is _latency:
-        _log_axis(axes.yaxis, [number for row in rows for number in quantity(row)])
+        _log_axis(axes, "y", [number for row in rows for number in quantity(row)])
     else:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(_plain)
@@ -369,9 +374,12 @@ def draw_layers(result: Result, level: str) -> Figure:
     return figure
 
 
-def _draw_layers(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Artist]:
+def _draw_layers(
+    axes: Axes, rows: Sequence[Row], names: Sequence[str]
+) -> dict[str, Artist | Container]:
     """Two bars for each layer, the first layer on top."""
-    handles, ends = {}, []
+    handles: dict[str, Artist | Container] = {}
+    ends = []
     for side, prefix, style, shift in (
         ("patched", "", _OURS, -0.2),
         ("stock", "stock_", _STOCK, 0.2),
@@ -447,12 +455,13 @@ def draw_roofline(result: Result) -> Figure:
         handles,
     )
     for axes, groups in zip(grid[:, 0], panels.values(), strict=True):
-        _number_points(axes, groups)
+        _number_points(figure, axes, groups)
     return figure
 
 
 def _on_roofline(row: Row) -> bool:
-    return row["flops"] > 0
+    flops: float = row["flops"]
+    return flops > 0
 
 
 def _alike(rows: Iterable[Row]) -> list[list[Row]]:
@@ -480,7 +489,7 @@ def _point(row: Row, us: str = "us") -> tuple[float, float]:
 
 def _draw_roofline(
     axes: Axes, groups: Sequence[Sequence[Row]], ceilings: Mapping[str, Any]
-) -> dict[str, Artist]:
+) -> dict[str, Artist | Container]:
     rows = [row for group in groups for row in group]
     ours = np.array([_point(row) for row in rows])
     stock = np.array([_point(row, "stock_us") for row in rows])
@@ -491,7 +500,7 @@ def _draw_roofline(
     roof = 1e-12 * np.minimum(per_s * x, peak)
     for (intensity, mine), (_, theirs) in zip(ours, stock, strict=True):
         axes.plot([intensity] * 2, [mine, theirs], color="#999999", linewidth=0.6, zorder=1)
-    handles: dict[str, Artist] = {}
+    handles: dict[str, Artist | Container] = {}
     handles["roof"], *_ = axes.plot(x, roof, color="black")
     for name, points, style, face in (
         ("patched", ours, _OURS, _OURS.color),
@@ -508,18 +517,18 @@ def _draw_roofline(
     axes.set_title(f"{dtype}, batch {rows[0]['batch']}: {roof_text}")
     axes.set_xlabel("intensity, FLOP/byte")
     axes.set_ylabel("TFLOP/s")
-    _log_axis(axes.xaxis, x)
-    _log_axis(axes.yaxis, [*ours[:, 1], *stock[:, 1], *roof])
+    _log_axis(axes, "x", x)
+    _log_axis(axes, "y", [*ours[:, 1], *stock[:, 1], *roof])
     return handles
 
 
-def _number_points(axes: Axes, groups: Sequence[Sequence[Row]]) -> None:
+def _number_points(figure: Figure, axes: Axes, groups: Sequence[Sequence[Row]]) -> None:
     """Write each group's number where it hides no line, point or other number, as near as can be;
-    the figure is laid out already."""
+    the figure, of which `axes` are a part, is laid out already."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    renderer = FigureCanvasAgg(axes.figure).get_renderer()
-    pixels = axes.figure.dpi / 72  # of a typographic point
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    pixels = figure.dpi / 72  # of a typographic point
     step = 4 * pixels
 
     def along(start: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -563,14 +572,16 @@ def _number_points(axes: Axes, groups: Sequence[Sequence[Row]]) -> None:
             ):
                 shift = tried
                 break
-        text.set_position(shift / pixels)
+        right, up = shift / pixels
+        text.set_position((right, up))
         labels.append(box.translated(*shift))
         drawn.append(along(point, point + shift))
 
 
 def _contains(box: Bbox, points: np.ndarray) -> np.ndarray:
     """Which of the points, (N, 2), lie in the box: (N,)."""
-    return ((points > box.min) & (points < box.max)).all(axis=1)
+    inside = (points > box.min) & (points < box.max)
+    return inside[:, 0] & inside[:, 1]
 
 
 # ----------------------------------------------------------------------------------------- shared
@@ -586,7 +597,11 @@ def _figure(result: Result, height: float) -> Figure:
 
 
 def _finish(
-    figure: Figure, result: Result, title: str, caption: str, handles: Mapping[str, Artist]
+    figure: Figure,
+    result: Result,
+    title: str,
+    caption: str,
+    handles: Mapping[str, Artist | Container],
 ) -> None:
     """Add the title, the legend below it, and the caption at the foot, and lay everything out."""
     model = result["model"]
@@ -600,7 +615,7 @@ def _finish(
         columns = max(1, min(len(handles), int(_WIDTH / (0.7 + 0.065 * max(map(len, handles))))))
         lines += math.ceil(len(handles) / columns)
         figure.legend(
-            list(handles.values()),
+            cast("list[Artist]", list(handles.values())),  # containers are as good, like in Axes
             list(handles),
             loc="outside upper center",
             ncols=columns,
@@ -632,12 +647,12 @@ def _write_at(axes: Axes, ends: np.ndarray, marks: Sequence[str]) -> None:
     axes.set_xlim(0, max(ends) * (1.1 + 0.025 * max(map(len, marks))))
 
 
-def _plain(number: float, position: int | None = None) -> str:
+def _plain(number: float, position: float | None = None) -> str:
     """A tick as people write it: no powers of ten."""
     return f"{number:,.10g}"
 
 
-def _log_axis(axis: Axis, numbers: Iterable[float]) -> None:
+def _log_axis(axes: Axes, name: Literal["x", "y"], numbers: Iterable[float]) -> None:
     """A logarithmic axis around the numbers, with as many ticks as can be read."""
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -645,7 +660,8 @@ def _log_axis(axis: Axis, numbers: Iterable[float]) -> None:
     low, high = min(numbers) / 1.3, max(numbers) * 1.3
     decades = math.log10(high / low)
     steps = (1,) if decades > 3 else (1, 2, 5) if decades > 1 else (1, 1.5, 2, 3, 5, 7)
-    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
+    axes.set(**{f"{name}scale": "log", f"{name}lim": (low, high)})
+    axis: Axis = axes.xaxis if name == "x" else axes.yaxis
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(_plain)

@@ -28,7 +28,7 @@ from torch_mbv2 import modules, ops, testing
 from torch_mbv2.measure.ceilings import Ceilings
 from torch_mbv2.measure.conditions import dtype_of
 from torch_mbv2.modules import Swapped
-from torch_mbv2.patch import LEVELS, patch
+from torch_mbv2.patch import LAYER_LEVELS, patch
 
 CHECKED = 8
 """Images of a batch whose outputs are compared with float64, the first and the last ones."""
@@ -95,7 +95,7 @@ def bench_layers(
     images: Tensor,
     ceilings: Ceilings,
     *,
-    levels: Sequence[str] = LEVELS,
+    levels: Sequence[str] = LAYER_LEVELS,
     rounds: int,
     min_time: float,
     on_row: Callable[[str], None] = lambda text: None,
@@ -130,7 +130,7 @@ def bench_layers(
     return rows, totals
 
 
-def count_layers(stock: nn.Module, images: Tensor, levels: Sequence[str] = LEVELS) -> int:
+def count_layers(stock: nn.Module, images: Tensor, levels: Sequence[str] = LAYER_LEVELS) -> int:
     """How many rows `bench_layers` makes; the batch may be any that the model takes."""
     names: list[str] = []
     for level in levels:

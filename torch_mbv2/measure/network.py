@@ -149,7 +149,8 @@ def _fixed(names: Iterable[str]) -> AbstractContextManager[Any]:
     """Where nothing is compiled any more: it would be without the settings of the preparation."""
     if not _is_compiled(names):
         return nullcontext()
-    return torch.compiler.set_stance("fail_on_recompile")
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("fail_on_recompile")
+    return stance
 
 
 def _is_compiled(names: Iterable[str]) -> bool:

@@ -306,14 +306,14 @@ def _on_gpu(events: Sequence[_Event], runs: Sequence[list[Call]]) -> list[Run | 
         for call in calls:
             call.launched.clear()
         first, after = firsts[run], firsts[run + 1]
-        for kernel, (begin, end), (owner, call) in zip(
+        for kernel, (begin, end), (owner, launcher) in zip(
             kernels[first:after], parts[first:after], owners[first:after], strict=True
         ):
-            if call is None or owner != run:
-                call = Call(ROOT, kernel.name, kernel.start, kernel.end)
-                calls.append(call)
-            call.launched.append(kernel.name)
-            call.time += end - begin
+            if launcher is None or owner != run:
+                launcher = Call(ROOT, kernel.name, kernel.start, kernel.end)
+                calls.append(launcher)
+            launcher.launched.append(kernel.name)
+            launcher.time += end - begin
         length = parts[after][0] - parts[first][0]
         found.append(Run(calls, length - sum(call.time for call in calls)))
     return found
@@ -475,10 +475,10 @@ def align(
     added: those of them that only do the work of calls of functions.
     """
     theirs, ours = ([_owner(call.module, owners) for call in side] for side in (stock, patched))
-    keys = [
+    their_keys, our_keys = (
         [(name, None if name else call.function or call.module) for name, call in side]
         for side in (zip(theirs, stock, strict=True), zip(ours, patched, strict=True))
-    ]
+    )
 
     def beside(i: int) -> str | None:
         before, after = theirs[:i][::-1], theirs[i + 1 :]
@@ -486,7 +486,7 @@ def align(
         return next((name for name in (*first, *second) if name), None)
 
     found: dict[str, tuple[list[Call], list[Call]]] = defaultdict(lambda: ([], []))
-    matcher = SequenceMatcher(None, *keys, autojunk=False)
+    matcher = SequenceMatcher(None, their_keys, our_keys, autojunk=False)
     for tag, i1, i2, j1, j2 in matcher.get_opcodes():
         takers = [name for name in ours[j1:j2] if name in added]
         for i in range(i1, i2):

@@ -54,12 +54,12 @@ def convert(graph: Graph) -> fx.GraphModule:
         with torch.random.fork_rng(devices=[]):
             converted = onnx2torch.convert(model)
     except Exception as error:  # whatever a converter raises: most are bare KeyErrors
-        node = _culprit(model, lowered)
-        if node is None:
+        culprit = _culprit(model, lowered)
+        if culprit is None:
             raise ModelError(
                 f"{graph.source}: cannot be converted to PyTorch: {first_line(error)}"
             ) from error
-        raise unsupported(node, graph, error) from error
+        raise unsupported(culprit, graph, error) from error
     module = _to_stock(converted).eval()
     names = (node.name for node in rename_nodes(graph).nodes)
     check_runs(module, graph, dict(zip(names, graph.nodes, strict=True)))
@@ -155,9 +155,10 @@ def _to_stock(module: fx.GraphModule) -> fx.GraphModule:
 
 def _constant_arguments(module: fx.GraphModule, node: fx.Node) -> list[list[int]] | None:
     """The arguments of a call behind the first, if they are vectors of whole numbers."""
-    if node.kwargs or not all(isinstance(x, fx.Node) and x.op == "get_attr" for x in node.args[1:]):
+    given = [x for x in node.args[1:] if isinstance(x, fx.Node) and x.op == "get_attr"]
+    if node.kwargs or len(given) != len(node.args[1:]):
         return None
-    tensors = [module.get_buffer(str(x.target)) for x in node.args[1:]]
+    tensors = [module.get_buffer(str(x.target)) for x in given]
     if not tensors or any(t.dim() != 1 or t.is_floating_point() for t in tensors):
         return None
     return [t.tolist() for t in tensors]
@@ -182,8 +183,12 @@ def _stock_pads(layers: nn.Sequential) -> Iterator[nn.Module]:
     from onnx2torch.node_converters.pad import OnnxPadStatic
 
     for layer in layers:
-        zeros = isinstance(layer, OnnxPadStatic) and layer.mode == "constant"
-        if zeros and not layer.constant_value and len(layer.pads) == 4:
+        if (
+            isinstance(layer, OnnxPadStatic)
+            and layer.mode == "constant"
+            and not layer.constant_value
+            and len(layer.pads) == 4
+        ):
             yield nn.ZeroPad2d(tuple(layer.pads))
         else:
             yield layer

@@ -7,9 +7,10 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -242,12 +243,13 @@ def _read_proto(
     source: str | os.PathLike[str] | bytes | onnx.ModelProto,
 ) -> tuple[onnx.ModelProto, str]:
     """A ModelProto with all its weights inside, and what to call it in messages."""
-    folder = None
+    where, folder = "the ONNX model", None
     if isinstance(source, onnx.ModelProto):
-        model, where = source, "the ONNX model"
+        model = source
     else:
-        where, data = "the ONNX model", source
-        if not isinstance(source, bytes):
+        if isinstance(source, bytes):
+            data = source
+        else:
             path = Path(source)
             where, folder, data = str(path), path.parent, _read_file(path)
         try:
@@ -257,9 +259,9 @@ def _read_proto(
                 f"{where}: not an ONNX model, or a damaged one ({len(data)} bytes)"
             ) from None
     tensors = [t for t in _tensors(model) if onnx.external_data_helper.uses_external_data(t)]
-    if tensors and folder is None:
-        raise ModelError("the ONNX model's weights are in another file: pass the path instead")
     if tensors:
+        if folder is None:
+            raise ModelError("the ONNX model's weights are in another file: pass the path instead")
         _load_external(tensors, folder, where)
     return model, where
 
@@ -401,11 +403,11 @@ def _check(graph: Graph) -> None:
         raise ModelError(f"{where}: nothing computes the output {quoted(missing[0])}")
     if not graph.outputs:
         raise ModelError(f"{where}: the model has no output")
-    for value in graph.inputs:
-        shape = declared_shape(value) or ()
+    for image in graph.inputs:
+        shape = declared_shape(image) or ()
         if any(size is not None and size < 0 for size in shape):
             raise ModelError(
-                f"{where}: the input {quoted(value.name)} has a negative size: {list(shape)}"
+                f"{where}: the input {quoted(image.name)} has a negative size: {list(shape)}"
             )
     arrays = [*graph.tensors.values()]
     for node in graph.nodes:
@@ -424,7 +426,7 @@ def _strange_attribute(node: Node, opset: int) -> str | None:
     for name, value in node.attributes.items():
         if name not in known:
             return f"an attribute {quoted(name)}, which opset {opset} does not know"
-        wanted = known[name].type.name
+        wanted = cast(Enum, known[name].type).name  # an enum, which onnx's stubs leave out
         kind = _ATTRIBUTE_TYPES.get(wanted.removesuffix("S"), object)
         several = isinstance(value, list)
         fits = all(isinstance(item, kind) for item in (value if several else [value]))
@@ -434,7 +436,12 @@ def _strange_attribute(node: Node, opset: int) -> str | None:
     return f"no attribute {missing[0]!r}" if missing else None
 
 
-_ATTRIBUTE_TYPES = {"INT": int, "FLOAT": float, "STRING": (str, bytes), "TENSOR": np.ndarray}
+_ATTRIBUTE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "INT": int,
+    "FLOAT": float,
+    "STRING": (str, bytes),
+    "TENSOR": np.ndarray,
+}
 
 
 def _check_arity(node: Node, graph: Graph) -> None:

@@ -72,20 +72,21 @@ def _converted_wrongly(node: Node, graph: Graph) -> bool:
     if node.op == "ConvTranspose":
         return "output_shape" in node.attributes
     if node.op == "LRN":
-        return node.attributes["size"] % 2 == 0
+        size: int = node.attributes["size"]
+        return size % 2 == 0
     return node.op == "Resize" and not _interpolates(node, graph)
 
 
 def _interpolates(node: Node, graph: Graph) -> bool:
     """Whether `F.interpolate` resizes as a Resize says."""
-    mode = node.attributes.get("mode", "nearest")
+    mode: str = node.attributes.get("mode", "nearest")
     if graph.opset < 11:
         return mode == "nearest"
-    grid = node.attributes.get("coordinate_transformation_mode", "half_pixel")
+    grid: str = node.attributes.get("coordinate_transformation_mode", "half_pixel")
     if mode != "nearest":
-        usual = node.attributes.get("cubic_coeff_a", -0.75) == -0.75
+        usual: bool = node.attributes.get("cubic_coeff_a", -0.75) == -0.75
         return usual and not node.attributes.get("exclude_outside", 0) and grid != "asymmetric"
-    rounding = node.attributes.get("nearest_mode", "round_prefer_floor")
+    rounding: str = node.attributes.get("nearest_mode", "round_prefer_floor")
     if rounding == "floor":
         return grid == "asymmetric"
     # Scaled up by whole numbers, the nearest pixel to the centre is the one that PyTorch takes.
@@ -152,7 +153,7 @@ def explicit_splits(graph: Graph) -> Graph:
     changes: dict[Node, tuple[Node, ...]] = {}
     tensors: dict[str, np.ndarray] = {}
     names = graph.fresh("parts")
-    shapes: dict | None = None
+    shapes: Mapping[str, Shape] | None = None
     for node in graph.nodes:
         count = int(node.attributes.get("num_outputs", 0))
         if node.op != "Split" or node.domain or count < 1:
@@ -160,10 +161,11 @@ def explicit_splits(graph: Graph) -> Graph:
         shapes = graph.shapes() if shapes is None else shapes
         shape = shapes.get(node.inputs[0], ())
         axis = int(node.attributes.get("axis", 0))
-        if not -len(shape) <= axis < len(shape) or shape[axis] is None:
+        size = shape[axis] if -len(shape) <= axis < len(shape) else None
+        if size is None:
             continue
-        part = -(-shape[axis] // count)
-        last = shape[axis] - (count - 1) * part
+        part = -(-size // count)
+        last = size - (count - 1) * part
         name = next(names)
         tensors[name] = np.array([part] * (count - 1) + [last], np.int64)
         changes[node] = (replace(node, inputs=(node.inputs[0], name), attributes={"axis": axis}),)

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch_mbv2.mobilenet import (
     Architecture,
     Block,
+    Clamp,
     MobileNetV2,
+    Output,
     Padding,
     Preprocess,
     Preprocessing,
@@ -43,7 +45,7 @@ class _Conv:
     bias: np.ndarray | None
     norm: tuple[np.ndarray, ...] | None  # weight, bias, mean, variance
     epsilon: float
-    activation: str | None
+    activation: Clamp | None
     groups: int
     stride: int
     padding: Padding
@@ -91,7 +93,7 @@ class _Reader:
         norm = all(conv.norm is not None for conv in self.convs)
         _require(norm or all(conv.norm is None for conv in self.convs))
         _require(not norm or all(conv.bias is None for conv in self.convs))
-        activations = {conv.activation for conv in self.convs} - {None}
+        activations = {conv.activation for conv in self.convs if conv.activation is not None}
         dtypes = {conv.weight.dtype for conv in self.convs} | {weight.dtype}
         _require(len(activations) == 1 and len(dtypes) == 1)
         self.check_input(preprocessing, stem)
@@ -157,8 +159,8 @@ class _Reader:
         users = self.graph.users.get(value, ())
         residual = len(users) == 2
         if residual:
-            add = self.graph.sole_user(output)
-            _require(add is not None and add.op == "Add" and {*add.inputs} == {value, output})
+            add = self.sole_user(output)
+            _require(add.op == "Add" and {*add.inputs} == {value, output})
             _require(depthwise.stride == 1)
             self.nodes += 1
             output = add.outputs[0]
@@ -195,7 +197,7 @@ class _Reader:
             self.nodes += 1
             follower = self.graph.sole_user(output)
         activation = self.activation(follower)
-        if activation is not None:
+        if follower is not None and activation is not None:
             output = follower.outputs[0]
             self.nodes += 1
         groups = int(node.attributes.get("group", 1))
@@ -203,7 +205,7 @@ class _Reader:
         self.convs.append(conv)
         return conv
 
-    def activation(self, node: Node | None) -> str | None:
+    def activation(self, node: Node | None) -> Clamp | None:
         """ "relu" or "relu6" if `node` is one."""
         if node is None or node.op not in ("Relu", "Clip"):
             return None
@@ -213,13 +215,13 @@ class _Reader:
 
     def classifier(self, value: str) -> tuple[np.ndarray, np.ndarray | None, str]:
         """Weight (classes, channels) and bias of global pool, Flatten(1), Gemm, and its value."""
-        pool = self.graph.sole_user(value)
-        _require(pool is not None and pool.op == "GlobalAveragePool")
-        flatten = self.graph.sole_user(pool.outputs[0])
-        _require(flatten is not None and flatten.op == "Flatten")
+        pool = self.sole_user(value)
+        _require(pool.op == "GlobalAveragePool")
+        flatten = self.sole_user(pool.outputs[0])
+        _require(flatten.op == "Flatten")
         _require(flatten.attributes.get("axis", 1) in (1, -3))
-        gemm = self.graph.sole_user(flatten.outputs[0])
-        _require(gemm is not None and gemm.op in ("Gemm", "MatMul"))
+        gemm = self.sole_user(flatten.outputs[0])
+        _require(gemm.op in ("Gemm", "MatMul"))
         _require(gemm.inputs[0] == flatten.outputs[0] and not gemm.attributes.get("transA", 0))
         _require(gemm.attributes.get("alpha", 1.0) == 1.0 == gemm.attributes.get("beta", 1.0))
         self.nodes += 3
@@ -288,10 +290,14 @@ class _Reader:
         _require(array.size == array.shape[axis])
         return array.reshape(-1).astype(np.float64)
 
-    def postprocessing(self, value: str) -> str:
+    def postprocessing(self, value: str) -> Output:
         """What is made of the logits before they are the graph's output."""
-        kinds = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid"}
-        kind = "logits"
+        kinds: dict[str, Output] = {
+            "Softmax": "softmax",
+            "LogSoftmax": "log_softmax",
+            "Sigmoid": "sigmoid",
+        }
+        kind: Output = "logits"
         while (node := self.graph.sole_user(value)) is not None:
             # A cast gives the dtype back that the images came in; here that is the weights'.
             _require(node.op in (*kinds, "Cast") and not node.domain)
@@ -305,6 +311,12 @@ class _Reader:
             value = node.outputs[0]
         _require(value == self.graph.outputs[0].name)
         return kind
+
+    def sole_user(self, value: str) -> Node:
+        node = self.graph.sole_user(value)
+        if node is None:
+            raise _Mismatch
+        return node
 
     def tensor(self, name: str) -> np.ndarray:
         _require(name in self.graph.tensors)

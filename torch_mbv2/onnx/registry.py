@@ -37,7 +37,6 @@ for _name in _MODULES:
     add_converter(operation_type=_name, version=1, domain=DOMAIN)(_added)
 
 
-@add_converter(operation_type=SAME_CONV, version=1, domain=DOMAIN)
 def _same_conv(node: Any, graph: Any) -> OperationConverterResult:
     weight, *bias = (graph.initializers[name].to_torch() for name in node.input_values[1:])
     strides = set(node.attributes.get("strides", (1, 1)))
@@ -59,3 +58,6 @@ def _same_conv(node: Any, graph: Any) -> OperationConverterResult:
         nn.Sequential(SamePad2d(size, stride), conv),
         OnnxMapping(inputs=tuple(node.input_values[:1]), outputs=tuple(node.output_values)),
     )
+
+
+add_converter(operation_type=SAME_CONV, version=1, domain=DOMAIN)(_same_conv)

@@ -68,9 +68,9 @@ def clamp_bounds(node: Node, graph: Graph) -> Bounds | None:
     if node.op == "Clip":
         low, high = (graph.tensors[node.input(i)].item() if node.input(i) else None for i in (1, 2))
         return _bound(low), _bound(high)
-    if len(node.inputs) != 2 or len(limits) != 1 or arrays[0].ndim > 1:
+    if len(node.inputs) != 2 or len(limits) != 1 or graph.tensors[limits[0]].ndim > 1:
         return None
-    limit = float(arrays[0].item())
+    limit = float(graph.tensors[limits[0]].item())
     return (limit, None) if node.op == "Max" else (None, limit)
 
 

@@ -52,7 +52,8 @@ def fold_constants(graph: Graph) -> Graph:
 def _constant(node: Node) -> np.ndarray | None:
     for name, value in node.attributes.items():
         if name == "value":
-            return value
+            array: np.ndarray = value
+            return array
         if name in ("value_float", "value_floats"):
             return np.asarray(value, np.float32)
         if name in ("value_int", "value_ints"):

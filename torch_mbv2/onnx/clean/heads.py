@@ -202,8 +202,8 @@ def _is_batch_size(value: str, graph: Graph, batched: Collection[str]) -> bool:
                 return False
             first = True
         elif node.op == "Slice" and graph.opset >= 10:
-            bounds = [graph.tensors.get(name) for name in node.inputs[1:]]
-            if any(bound is None or bound.size != 1 for bound in bounds):
+            bounds = [graph.tensors[name] for name in node.inputs[1:] if name in graph.tensors]
+            if len(bounds) != len(node.inputs[1:]) or any(bound.size != 1 for bound in bounds):
                 return False
             if [int(bound.item()) for bound in bounds] != [0, 1, 0, 1][: len(bounds)]:
                 return False
@@ -255,10 +255,8 @@ def matmuls_to_gemm(graph: Graph) -> Graph:
             continue
         add = graph.sole_user(node.outputs[0])
         bias = _other_input(add, node.outputs[0]) if add is not None and add.op == "Add" else ""
-        if bias in graph.tensors and graph.tensors[bias].shape in (
-            (weight.shape[1],),
-            (1, weight.shape[1]),
-        ):
+        vectors = ((weight.shape[1],), (1, weight.shape[1]))
+        if add is not None and bias in graph.tensors and graph.tensors[bias].shape in vectors:
             gemm = replace(node, op="Gemm", inputs=(*node.inputs, bias), outputs=add.outputs)
             changes[add] = ()
         else:

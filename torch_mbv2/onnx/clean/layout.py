@@ -133,8 +133,9 @@ class _Sinker:
                 moved = replace(node, inputs=(views[0][0], *node.inputs[1:]))
         elif node.op in _BINARY and len(node.inputs) == 2:
             operands = [self.operand(value, order) for value in node.inputs]
-            if None not in operands:
-                moved = replace(node, inputs=tuple(operands))
+            known = tuple(operand for operand in operands if operand is not None)
+            if len(known) == len(operands):
+                moved = replace(node, inputs=known)
         elif node.op == "Concat" and len(views) == len(node.inputs):
             axis = order[node.attributes["axis"] % len(order)]
             moved = replace(

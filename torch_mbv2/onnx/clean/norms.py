@@ -22,20 +22,22 @@ def fold_batch_norms(graph: Graph) -> Graph:
         conv = producers.get(norm.input(0))
         if norm.op != "BatchNormalization" or conv is None or conv.op != "Conv":
             continue
-        values = [graph.tensors.get(name) for name in (conv.inputs[1], *norm.inputs[1:5])]
+        inputs = (conv.inputs[1], *norm.inputs[1:5])
         bias = graph.tensors.get(conv.input(2))
-        if graph.sole_user(conv.outputs[0]) is None or any(value is None for value in values):
+        if graph.sole_user(conv.outputs[0]) is None or not graph.tensors.keys() >= {*inputs}:
             continue
         epsilon = norm.attributes.get("epsilon", 1e-5)
         if (conv.input(2) and bias is None) or epsilon < 0:
             continue
-        weight, gamma, beta, mean, variance = (value.astype(np.float64) for value in values)
+        values = [graph.tensors[name].astype(np.float64) for name in inputs]
+        weight, gamma, beta, mean, variance = values
+        dtype = graph.tensors[inputs[0]].dtype
         scale = gamma / np.sqrt(variance + epsilon)
         shift = beta + ((0.0 if bias is None else bias.astype(np.float64)) - mean) * scale
         weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
         pair = (next(names), next(names))
-        tensors[pair[0]] = weight.astype(values[0].dtype)
-        tensors[pair[1]] = shift.astype(values[0].dtype)
+        tensors[pair[0]] = weight.astype(dtype)
+        tensors[pair[1]] = shift.astype(dtype)
         changes[conv] = (replace(conv, inputs=(conv.inputs[0], *pair), outputs=norm.outputs),)
         changes[norm] = ()
     return graph.rewrite(changes, tensors)
@@ -51,7 +53,9 @@ def fold_affine(graph: Graph) -> Graph:
         weight = graph.tensors.get(layer.input(1))
         bias = graph.tensors.get(layer.input(2))
         axis = _output_axis(layer, weight)
-        if axis is None or (layer.input(2) and (bias is None or bias.ndim != 1)):
+        if weight is None or axis is None:
+            continue
+        if layer.input(2) and (bias is None or bias.ndim != 1):
             continue
         channels = weight.shape[axis]
         scale = np.ones(channels)

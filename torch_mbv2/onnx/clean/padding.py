@@ -36,9 +36,10 @@ def explicit_padding(graph: Graph) -> Graph:
 def _pads(node: Node, shapes: Mapping[str, Shape]) -> list[int] | None:
     """A convolution's pads in ONNX order (all begins, then all ends); None if not known."""
     weight = shapes.get(node.inputs[1])
-    if weight is None or None in weight:
+    known = [size for size in weight or () if size is not None]
+    if weight is None or len(known) != len(weight):
         return None
-    kernel = node.ints("kernel_shape", weight[2:])
+    kernel = node.ints("kernel_shape", known[2:])
     rank = len(kernel)
     auto = node.attributes["auto_pad"]
     if auto == "NOTSET":

@@ -13,8 +13,9 @@ values that happened to be positive.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -190,7 +191,7 @@ class _Dequantiser:
         point = self.zero_point(zero, node)
         info = np.iinfo(point.dtype)
         scales = _along(self.constant(scale, node), array, axis)
-        whole = np.rint(array.astype(np.float64) / scales) + _along(point, array, axis)
+        whole: np.ndarray = np.rint(array.astype(np.float64) / scales) + _along(point, array, axis)
         return whole.clip(info.min, info.max).astype(point.dtype)
 
     def floats(self, node: Node, array: np.ndarray, scale: str, zero: str, axis: int) -> np.ndarray:
@@ -202,7 +203,7 @@ class _Dequantiser:
                 "the float model that it was made from"
             )
         offset = _along(self.zero_point(zero, node), array, axis) if zero else 0.0
-        means = (array.astype(np.float64) - offset) * _along(scales, array, axis)
+        means: np.ndarray = (array.astype(np.float64) - offset) * _along(scales, array, axis)
         dtype = scales.dtype if np.issubdtype(scales.dtype, np.floating) else np.float32
         return means.astype(dtype)
 
@@ -239,18 +240,16 @@ class _Dequantiser:
             self.emit(op, (node.inputs[0], self.add_tensor(means)), node, node.attributes)
             self.sums.add(node.outputs[0])
         elif node.op in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat"):
-            scale, zero, bias = (3, 5, 6) if node.op == "MatMulIntegerToFloat" else (2, 3, 4)
-            weight = self.operand(node, 1, scale, zero, axis=1)
-            data = node.inputs[0]
-            if node.op == "MatMulIntegerToFloat":
-                data = self.operand(node, 0, 2, 4, axis=1)
-            inputs = (data, weight)
-            if not node.input(bias):
+            both = node.op == "MatMulIntegerToFloat"
+            matrix = self.operand(node, 1, *((3, 5) if both else (2, 3)), axis=1)
+            data = self.operand(node, 0, 2, 4, axis=1) if both else node.inputs[0]
+            inputs, bias = (data, matrix), node.input(6 if both else 4)
+            if not bias:
                 self.emit("MatMul", inputs, node, {})
             else:
                 product = next(self.names)
                 self.nodes.append(Node("MatMul", inputs, (product,), {}, node.name))
-                self.emit("Add", (product, node.input(bias)), node, {})
+                self.emit("Add", (product, bias), node, {})
         else:
             self.operator(node)
 
@@ -394,13 +393,15 @@ class _Dequantiser:
                 self.zero_point(zero, node),
             )
         if node.op in _UNARY or node.op == "QLinearConcat":
-            scale, zero = (3, 4) if node.op in _UNARY else (0, 1)
+            first = 3 if node.op in _UNARY else 0
             self.meaning[node.outputs[0]] = (
-                self.constant(node.input(scale), node),
-                self.zero_point(node.input(zero), node),
+                self.constant(node.input(first), node),
+                self.zero_point(node.input(first + 1), node),
             )
 
-    def emit(self, op: str, inputs: object, node: Node, attributes: object) -> None:
+    def emit(
+        self, op: str, inputs: Iterable[str], node: Node, attributes: Mapping[str, Any]
+    ) -> None:
         self.nodes.append(Node(op, tuple(inputs), node.outputs, dict(attributes), node.name))
 
 

@@ -1,0 +1,45 @@
+// Prints which kernel a convolution runs on, of which the arguments NAME=VALUE change one thing
+// each.
+#include "plan/convolution.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <string>
+
+using namespace torch_mbv2;
+using namespace torch_mbv2::plan;
+
+int main(int argc, char** argv) {
+  ConvolutionProblem p = {.in_channels = 64,
+                          .out_channels = 64,
+                          .groups = 1,
+                          .kernel_h = 3,
+                          .kernel_w = 3,
+                          .stride_h = 1,
+                          .stride_w = 1,
+                          .dilation_h = 1,
+                          .dilation_w = 1,
+                          .padded = true,
+                          .dtype = DType::kFloat32};
+  const std::map<std::string, std::function<void(int)>> settings = {
+      {"in", [&](int v) { p.in_channels = v; }},
+      {"out", [&](int v) { p.out_channels = v; }},
+      {"groups", [&](int v) { p.groups = v; }},
+      {"kernel", [&](int v) { p.kernel_h = p.kernel_w = v; }},
+      {"kernel_w", [&](int v) { p.kernel_w = v; }},
+      {"stride", [&](int v) { p.stride_h = p.stride_w = v; }},
+      {"stride_w", [&](int v) { p.stride_w = v; }},
+      {"dilation_h", [&](int v) { p.dilation_h = v; }},
+      {"padded", [&](int v) { p.padded = v != 0; }},
+      {"dtype", [&](int v) { p.dtype = DType(v); }},
+  };
+  for (int i = 1; i < argc; ++i) {
+    const char* const value = std::strchr(argv[i], '=');
+    settings.at(std::string(argv[i], size_t(value - argv[i])))(std::atoi(value + 1));
+  }
+  constexpr const char* kNames[] = {"gemm", "depthwise", "winograd", "implicit_gemm"};
+  std::printf("%s\n", kNames[int(plan_convolution(p))]);
+}
