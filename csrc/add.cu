@@ -4,8 +4,8 @@
 namespace torch_mbv2 {
 namespace {
 
-// A thread owns kUnroll vectors of kV elements, a block apart, so that its loads are independent
-// and every access of a warp is contiguous.
+// A thread owns kUnroll vectors of kV elements, a thread block apart, so that its loads are
+// independent and every access of a warp is contiguous.
 constexpr int kBlock = 256;
 constexpr int kUnroll = 4;
 

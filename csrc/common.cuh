@@ -152,7 +152,7 @@ struct Divider {
 };
 
 // Launch bounds of kernels of which the compiler, for Blackwell, would spill registers so that one
-// more block fits a multiprocessor.
+// more thread block fits a multiprocessor.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define BOUNDS_WITHOUT_SPILLS(threads) __launch_bounds__(threads, 1)
 #else
@@ -162,8 +162,8 @@ struct Divider {
 // Kernels follow each other closely: with launch_kernel one may start before the kernel before it
 // in the stream has finished (Hopper's programmatic dependent launch). So every kernel calls
 // wait_for_input before it touches device memory: then the kernel before has finished, and what it
-// wrote is there. After that it calls start_next: once all its blocks did, the next kernel may
-// start, up to its own wait_for_input.
+// wrote is there. After that it calls start_next: once all its thread blocks did, the next kernel
+// may start, up to its own wait_for_input.
 __device__ __forceinline__ void wait_for_input() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

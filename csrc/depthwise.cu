@@ -64,16 +64,14 @@ struct StripShape<T, 5, 2> {
 //
 // Ownership: a thread owns kVec channels, kWidth output columns and `run_rows` output rows, walked
 // downwards. Items are numbered channel vector first, then strip of columns, run of rows, image, so
-// a warp's accesses are consecutive along the channels and a block's strips are neighbours, which
-// find each other's columns in L1.
-// Registers: the weights (kK * kK * kVec floats, read once); a step brings kS input rows, of which
-// each element is read once, converted once and added to every output that it touches, so
-// kLive = ceil(kK / kS) output rows are being summed at a time; input of the next kAhead steps.
-// Row r = kS * t + j of step t meets output row t - d by window row kS * d + j, d < kLive; the sums
-// of output row o are in slot o % kLive, a compile-time index in the loop unrolled kLive times.
-// Shared memory: none.
-// Bound: device memory (2 x 2 or 4 bytes an output at stride 1, where 15 to 20 instructions an
-// output are about half of the issue slots).
+// a warp's accesses are consecutive along the channels and a thread block's strips are neighbours,
+// which find each other's columns in L1. Registers: the weights (kK * kK * kVec floats, read once);
+// a step brings kS input rows, of which each element is read once, converted once and added to
+// every output that it touches, so kLive = ceil(kK / kS) output rows are being summed at a time;
+// input of the next kAhead steps. Row r = kS * t + j of step t meets output row t - d by window row
+// kS * d + j, d < kLive; the sums of output row o are in slot o % kLive, a compile-time index in
+// the loop unrolled kLive times. Shared memory: none. Bound: device memory (2 x 2 or 4 bytes an
+// output at stride 1, where 15 to 20 instructions an output are about half of the issue slots).
 template <typename T, int kK, int kS, int kVec, int kWidth, int kAhead>
 __global__ void BOUNDS_WITHOUT_SPILLS(kThreads) depthwise_strip(const StripArgs a) {
   constexpr int kLive = (kK + kS - 1) / kS;
@@ -219,9 +217,9 @@ __global__ void BOUNDS_WITHOUT_SPILLS(kThreads) depthwise_strip(const StripArgs 
 // Output rows of a run, given the strips of one output row of the whole batch (in threads).
 //
 // Model of the time of an SM, in steps of one thread: it works through `threads` threads in whole
-// blocks, each of rows + live - 1 steps after a start (indices, weights, first loads) worth kStart
-// steps; below kBusy threads it is latency that counts and fewer threads are no faster. Long runs
-// read the rows between runs less often; short ones spread a small batch over every SM.
+// thread blocks, each of rows + live - 1 steps after a start (indices, weights, first loads) worth
+// kStart steps; below kBusy threads it is latency that counts and fewer threads are no faster. Long
+// runs read the rows between runs less often; short ones spread a small batch over every SM.
 int choose_run_rows(int out_h, int64_t strips, int live, int sms) {
   constexpr int64_t kStart = 2, kBusy = 256, kLongest = 28;
   int best_rows = 1;

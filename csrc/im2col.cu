@@ -7,8 +7,8 @@ namespace {
 
 constexpr int kBlock = 256;
 
-// A block owns 256 windows of one row (n, c, i, j) of the output, so that it writes contiguously; a
-// thread owns one window. Word is an unsigned integer of the element's size.
+// A thread block owns 256 windows of one row (n, c, i, j) of the output, so that it writes
+// contiguously; a thread owns one window. Word is an unsigned integer of the element's size.
 template <typename Word>
 __global__ void __launch_bounds__(kBlock)
     im2col_kernel(const __grid_constant__ Im2colParams p, int blocks_per_row) {

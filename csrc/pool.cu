@@ -5,17 +5,17 @@
 namespace torch_mbv2 {
 namespace {
 
-constexpr int kLanes = 32;  // channel vectors of a block of global_pool
-constexpr int kSplits = 8;  // shares of the pixels of a block of global_pool
+constexpr int kLanes = 32;  // channel vectors of a thread block of global_pool
+constexpr int kSplits = 8;  // shares of the pixels of a thread block of global_pool
 constexpr int kRun = 8;     // pixels summed in float32 before they join a sum in float64
 
 // output[n, c] = mean over pixels of input[n, pixel, c].
 //
-// A block owns one image and kLanes vectors of kV channels; thread (x, y) sums every kSplits-th
-// pixel of vector x, from y on. Shared memory: double partial[kSplits][kLanes * kV], at most 16 KB;
-// thread row 0 adds the kSplits partial sums in order, so that the result does not depend on
-// timing. A mean of thousands of pixels of either sign is small beside its terms: float32 alone
-// would show it.
+// A thread block owns one image and kLanes vectors of kV channels; thread (x, y) sums every
+// kSplits-th pixel of vector x, from y on. Shared memory: double partial[kSplits][kLanes * kV], at
+// most 16 KB; thread row 0 adds the kSplits partial sums in order, so that the result does not
+// depend on timing. A mean of thousands of pixels of either sign is small beside its terms: float32
+// alone would show it.
 template <typename T, int kV>
 __global__ void __launch_bounds__(kLanes* kSplits)
     global_pool(const __grid_constant__ GlobalPoolParams p, int slices, double scale) {

@@ -175,10 +175,10 @@ struct HalfTile {
   }
 };
 
-// A block owns a kM x kN tile. Warp w owns rows 16 * (w / kSplits) ... + 16, all columns, and every
-// kSplits-th step of 16 k. Shared memory: kStages x { A tile (kM x kK), weight tile (kN x kK) },
-// swizzled; afterwards first the partial sums of the other splits (float), then the rounded output
-// (kM x kPitch).
+// A thread block owns a kM x kN tile. Warp w owns rows 16 * (w / kSplits) ... + 16, all columns,
+// and every kSplits-th step of 16 k. Shared memory: kStages x { A tile (kM x kK), weight tile (kN x
+// kK) }, swizzled; afterwards first the partial sums of the other splits (float), then the rounded
+// output (kM x kPitch).
 template <typename T, typename Tile, typename Loader, bool kVectors>
 __global__ void __launch_bounds__(Tile::kThreads)
     half_product(const __grid_constant__ ProductParams g,
@@ -362,11 +362,11 @@ struct FloatTile {
   }
 };
 
-// A block owns a kM x kN tile; thread (split, y, x) owns rows y + kRowThreads * i, i < kThreadRows,
-// and columns x + 8 * j, j < kN / 8, for its share of every stage's k. Both tiles lie in shared
-// memory as they do in device memory, k innermost, and are read 4 k at a time. Shared memory:
-// kStages x { A tile (kM x kPitch), weight tile (kN x kPitch) }; afterwards the partial sums of the
-// other splits.
+// A thread block owns a kM x kN tile; thread (split, y, x) owns rows y + kRowThreads * i, i <
+// kThreadRows, and columns x + 8 * j, j < kN / 8, for its share of every stage's k. Both tiles lie
+// in shared memory as they do in device memory, k innermost, and are read 4 k at a time. Shared
+// memory: kStages x { A tile (kM x kPitch), weight tile (kN x kPitch) }; afterwards the partial
+// sums of the other splits.
 template <typename Tile, typename Loader, bool kVectors>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     float_product(const __grid_constant__ ProductParams g,
