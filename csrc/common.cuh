@@ -193,6 +193,9 @@ __device__ __forceinline__ T after_wait(T x) {
 template <typename... Params, typename... Args>
 cudaError_t launch_kernel(const char* family, void (*kernel)(Params...), dim3 grid, dim3 block,
                           size_t shared_bytes, LaunchQueue& queue, const Args&... args) {
+  static_assert(sizeof...(Params) <= Launch::kMostArguments);
+  static_assert(((sizeof(Params) + 16) + ...) <= Launch::kMostBytes);
+  static_assert((pointers_in<Params>().size() + ...) <= Launch::kMostPointers);
   const Device& device = queue.device();
   Launch launch;
   launch.family = family;
