@@ -106,7 +106,7 @@ def test_table(run, tmp_path):
     block = next(row for row in result["rows"] if row["layer"] == BLOCK)
     assert cells(next(line for line in shown if line.startswith("features.3"))) == [
         "features.3",
-        "inverted_residual",
+        "inverted_residual, gemm + conv_depthwise + gemm + add",
         f"{block['stock_us']:.1f}",
         f"{block['patched_us']:.1f}",
         f"{block['ratio']:.2f}x",

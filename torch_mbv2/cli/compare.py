@@ -2,8 +2,8 @@
 if not, which layer is to blame.
 
 By default an output agrees with stock's if its error against float64, on the same rounded weights
-and images, is at most `testing.ERROR_RATIO` times stock's own, with its batch norms as they are or
-folded, whichever is the larger, and no element is over the tolerance that
+and images, is at most `testing.allowed_ratio` times stock's own, with its batch norms as they are
+or folded, whichever is the larger, and no element is over the tolerance that
 `comparison.differences` derives from the dtype. Against ONNX Runtime, which runs the file in its
 own dtype, the tolerance of the coarser of the two alone decides; layer by layer, that of the dtype.
 With `--rtol` or `--atol` just these do. An output without a finite element never agrees. The exit
@@ -350,7 +350,8 @@ def _end_to_end(
         ratio = None
         if rival == STOCK and errors is not None:
             ratio = errors.ratio(place, found, wanted)
-            row["agrees"] &= ratio <= testing.ERROR_RATIO or row["nan"][1] + row["inf"][1] > 0
+            allowed = testing.allowed_ratio(row["elements"])
+            row["agrees"] &= ratio <= allowed or row["nan"][1] + row["inf"][1] > 0
         yield {
             "output": place,
             "shape": list(found.shape),
