@@ -1439,12 +1439,17 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         if isinstance(m, chains.Network)
         for link in m.links
     }
+    places = {name for name, _ in model.named_modules()} if layers else set()
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
         if isinstance(module, Swapped):
             inside.update(id(m) for m in module.modules())
             yield _row(name, layers.get(name) or module)
+            if isinstance(module, chains.Network):
+                for link in module.links:  # for calls, which have no place among the modules
+                    if link.layer is not None and link.name not in places:
+                        yield _row(link.name, link.layer)
             if isinstance(module, modules.Folded) and module.rest is not None:
                 kind = type(module.rest).__name__
                 yield Row(f"{name}.rest", kind, "", None, f"no kernel for {kind}", False)
