@@ -161,7 +161,9 @@ def test_all_ops_are_tested():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("torch_mbv2::")
     }
-    assert {case.split()[0] for case in OPS} == defined
+    # A network counts the ops of its steps; the others compute nothing.
+    others = {"network", "explain", "replays", "forget_replays"}
+    assert {case.split()[0] for case in OPS} == defined - others
 
 
 def test_empty_batch_counts_nothing():

@@ -263,7 +263,8 @@ class Guard:
             torch.compiler.is_compiling()
             or torch._C._autograd._profiler_enabled()
             or torch._C._get_tracing_state() is not None
-            or nn.modules.module._has_any_global_hook()
+            or _MODULES._global_forward_hooks
+            or _MODULES._global_forward_pre_hooks
             or root._modules is not self.holders[0]  # a shallow copy, as DataParallel makes them
             or any(self.hooks)
             or any(map(_TRAINING, self.children))
@@ -273,6 +274,8 @@ class Guard:
         )
 
 
+#: Where hooks of all modules are.
+_MODULES = nn.modules.module
 _TRAINING = operator.attrgetter("training")
 #: A forward that was set on the object.
 _FORWARD = itertools.repeat("forward")
