@@ -135,6 +135,7 @@ class FusedConv2d(Swapped):
     image, as for stock.
     """
 
+    op = "conv2d"
     #: the bias in float32, as blocks that this is a part of use it
     exact_bias: Tensor | None
 
@@ -205,8 +206,6 @@ class FusedConv2d(Swapped):
         if self.kernel_size == (1, 1) and self.groups == 1:
             return "pointwise"
         return "conv2d"
-
-    op = "conv2d"
 
     @property
     def pads_same(self) -> bool:
@@ -286,6 +285,7 @@ class FusedLinear(Swapped):
     """nn.Linear with the activation after it. Equivalent: `act(linear(x))`; see `ops.linear`."""
 
     kind = "linear"
+    op = "linear"
 
     def __init__(
         self, stock: nn.Linear, act_min: float | None = None, act_max: float | None = None
@@ -304,8 +304,6 @@ class FusedLinear(Swapped):
     ) -> FusedLinear:
         """Fuse `linear` with an activation of these bounds; None is open."""
         return cls(linear, act_min, act_max)
-
-    op = "linear"
 
     def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
         return self.weight, self.bias, self.act_min, self.act_max
@@ -329,6 +327,7 @@ class AvgPool2d(Swapped):
     """nn.AvgPool2d; see `ops.avg_pool2d`. A (C, H, W) input is one image, as for stock."""
 
     kind = "avg_pool2d"
+    op = "avg_pool2d"
 
     def __init__(
         self,
@@ -360,8 +359,6 @@ class AvgPool2d(Swapped):
             pool.count_include_pad,
             pool.divisor_override,
         )
-
-    op = "avg_pool2d"
 
     def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
         kernel = ops.pair(self.op, "kernel_size", self.kernel_size)
@@ -403,6 +400,7 @@ class GlobalAvgPool2d(Swapped):
     """
 
     kind = "global_avg_pool2d"
+    op = "global_avg_pool2d"
 
     def __init__(
         self, stock: nn.Module | None, keepdim: bool, dims: Sequence[int] = (-2, -1)
@@ -415,8 +413,6 @@ class GlobalAvgPool2d(Swapped):
     def from_stock(cls, pool: nn.Module) -> GlobalAvgPool2d:
         """The same as an adaptive pooling to 1 x 1 on our kernel."""
         return cls(pool, keepdim=True)
-
-    op = "global_avg_pool2d"
 
     def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
         return (self.keepdim,)
@@ -439,6 +435,7 @@ class Add(Swapped):
     tensors of one shape and float dtype are added by stock PyTorch."""
 
     kind = "add"
+    op = "add"
 
     def __init__(
         self,
@@ -456,8 +453,6 @@ class Add(Swapped):
     ) -> Add:
         """Stand for `add`, a module that adds its two inputs."""
         return cls(add, act_min, act_max)
-
-    op = "add"
 
     def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
         return self.act_min, self.act_max
@@ -553,6 +548,7 @@ class FusedInvertedResidual(_FusedBlock):
     """
 
     kind = "inverted_residual"
+    op = "inverted_residual"
     expand_weight: nn.Parameter | None
     expand_bias: nn.Parameter | None
     depthwise_weight: nn.Parameter
@@ -632,8 +628,6 @@ class FusedInvertedResidual(_FusedBlock):
             exact["project_bias"],
         )
 
-    op = "inverted_residual"
-
     @property
     def pads_same(self) -> bool:
         return self.padding is None
@@ -681,6 +675,7 @@ class FusedStemBlock(_FusedBlock):
     """
 
     kind = "stem_block"
+    op = "stem_block"
     stem_weight: nn.Parameter
     stem_bias: nn.Parameter | None
     depthwise_weight: nn.Parameter
@@ -760,8 +755,6 @@ class FusedStemBlock(_FusedBlock):
             exact["project_bias"],
         )
 
-    op = "stem_block"
-
     @property
     def pads_same(self) -> bool:
         return self.stem_padding is None
@@ -815,6 +808,7 @@ class FusedConvPool(Swapped):
     """
 
     kind = "conv_pool"
+    op = "conv_pool"
 
     def __init__(
         self,
@@ -844,8 +838,6 @@ class FusedConvPool(Swapped):
         return cls(
             stock, conv.weight, conv.bias, pool.keepdim, pool.dims, conv.act_min, conv.act_max
         )
-
-    op = "conv_pool"
 
     def arguments(self, input: Tensor | None) -> tuple[Any, ...]:
         return self.weight, self.bias, self.act_min, self.act_max

@@ -541,15 +541,23 @@ class _Scope:
             return node
         layer = inner.entry()
         assert layer is not None
-        arguments = [argument for argument in inner.graph.nodes if argument.op == "placeholder"]
+        value, copies = inner.copy_before(node)
+        self.erase(node, value)
+        return copies[layer]
+
+    def copy_before(self, node: fx.Node) -> tuple[Any, dict[fx.Node, fx.Node]]:
+        """Copy this scope's forward to before `node`, the call of its root in another graph: what
+        the forward returns there, and the copy of each call."""
+        arguments = [argument for argument in self.graph.nodes if argument.op == "placeholder"]
         copies: dict[fx.Node, Any] = dict.fromkeys(arguments, node.args[0])
-        with self.graph.inserting_before(node):
-            value = self.graph.graph_copy(inner.graph, copies)
+        with node.graph.inserting_before(node):
+            value = node.graph.graph_copy(self.graph, copies)
+        for argument in arguments:
+            del copies[argument]
         for original, copied in copies.items():
             if original.op in ("call_module", "get_attr"):
                 copied.target = f"{node.target}.{original.target}"
-        self.erase(node, value)
-        return _node(copies[layer])
+        return value, copies
 
 
 def _set_submodule(root: nn.Module, target: str, new: nn.Module) -> None:
@@ -1122,13 +1130,8 @@ def _flat_graph(scope: _Scope) -> fx.Graph:
         arguments = [a for a in inner.graph.nodes if a.op == "placeholder"]
         if any(argument.users for argument in arguments[1:]):
             continue
-        copies: dict[fx.Node, Any] = dict.fromkeys(arguments, node.args[0])
-        with graph.inserting_before(node):
-            value = graph.graph_copy(inner.graph, copies)
-        for original, copied in copies.items():
-            if original.op in ("call_module", "get_attr"):
-                copied.target = f"{node.target}.{original.target}"
-                waiting.append(copied)
+        value, copies = inner.copy_before(node)
+        waiting.extend(copies.values())
         node.replace_all_uses_with(value)
         graph.erase_node(node)
     return graph

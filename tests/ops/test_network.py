@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -280,11 +280,8 @@ def test_threads_with_streams_of_their_own(dtype):
                     failures.append(f"thread {number}, call {i}")
                     return
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(run, range(6)))  # what a thread raises is raised here
     assert failures == []
 
 
@@ -301,11 +298,8 @@ def test_threads_on_one_stream():
             outputs = [fast(x) for _ in range(100)]
             failures.extend(number for y in outputs if not torch.equal(y, expected))
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(run, range(4)))  # what a thread raises is raised here
     assert failures == []
 
 
