@@ -1,5 +1,7 @@
 // output[i] = clamp(a[i] + b[i]), the residual add. Bound by device memory: 3 accesses an element.
-#include "common.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
+#include "kernels.h"
 
 namespace torch_mbv2 {
 namespace {
@@ -41,7 +43,7 @@ template <typename T, int kV>
 cudaError_t launch(const AddParams& p, LaunchQueue& queue) {
   const int64_t blocks = ceil_div(p.numel / kV, int64_t(kBlock * kUnroll));
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return launch_kernel("add", add_kernel<T, kV>, unsigned(blocks), kBlock, 0, queue, p);
+  return launch_kernel({"add"}, add_kernel<T, kV>, unsigned(blocks), kBlock, 0, queue, p);
 }
 
 }  // namespace

@@ -9,7 +9,10 @@
 //
 // Two kernels: depthwise_strip for the square windows and strides that networks use, with vectors
 // of channels; depthwise_any for everything else.
-#include "common.cuh"
+#include "device/divider.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
+#include "kernels.h"
 
 namespace torch_mbv2 {
 namespace {
@@ -266,8 +269,8 @@ cudaError_t launch_strip(const ConvParams& p, LaunchQueue& queue) {
     a.runs = Divider(static_cast<uint32_t>(runs));
     a.act = p.act;
     const unsigned blocks = ceil_div<uint32_t>(a.items, kThreads);
-    return launch_kernel("conv_depthwise", depthwise_strip<T, kK, kS, kVec, kWidth, kAhead>, blocks,
-                         kThreads, 0, queue, a);
+    return launch_kernel({"conv_depthwise"}, depthwise_strip<T, kK, kS, kVec, kWidth, kAhead>,
+                         blocks, kThreads, 0, queue, a);
   });
 }
 
@@ -346,7 +349,7 @@ cudaError_t launch_any(const ConvParams& p, LaunchQueue& queue) {
     a.vectors = Divider(static_cast<uint32_t>(vectors));
     a.columns = Divider(static_cast<uint32_t>(p.out_w));
     a.rows = Divider(static_cast<uint32_t>(p.out_h));
-    return launch_kernel("conv_depthwise", depthwise_any<T, kVec>,
+    return launch_kernel({"conv_depthwise"}, depthwise_any<T, kVec>,
                          ceil_div<uint32_t>(a.items, kThreads), kThreads, 0, queue, a);
   });
 }

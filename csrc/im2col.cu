@@ -1,6 +1,7 @@
 // output[n, (c, i, j), (oh, ow)] = input[n, c, oh * s + i * d - pad, ow * s + j * d - pad], as
 // F.unfold. Bound by device memory: the output is kernel_h * kernel_w times the input.
-#include "common.cuh"
+#include "device/launch.cuh"
+#include "kernels.h"
 
 namespace torch_mbv2 {
 namespace {
@@ -45,7 +46,7 @@ cudaError_t launch(const Im2colParams& p, LaunchQueue& queue) {
     part.batch = p.batch - first < images_per_launch ? p.batch - first : images_per_launch;
     part.input = static_cast<const Word*>(p.input) + first * p.in_stride_n;
     part.output = static_cast<Word*>(p.output) + first * rows_per_image * p.out_h * p.out_w;
-    const cudaError_t error = launch_kernel("im2col", im2col_kernel<Word>,
+    const cudaError_t error = launch_kernel({"im2col"}, im2col_kernel<Word>,
                                             unsigned(part.batch * rows_per_image * blocks_per_row),
                                             kBlock, 0, queue, part, blocks_per_row);
     if (error != cudaSuccess) return error;

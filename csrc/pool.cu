@@ -1,6 +1,8 @@
 // Average pooling, NHWC. Both kernels round once and are bound by device memory; windows are summed
 // in float32, whole images in float64.
-#include "common.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
+#include "kernels.h"
 
 namespace torch_mbv2 {
 namespace {
@@ -117,7 +119,7 @@ cudaError_t launch_global(const GlobalPoolParams& p, LaunchQueue& queue) {
     part.input = static_cast<const T*>(p.input) + first * p.pixels * p.channels;
     part.output = static_cast<T*>(p.output) + first * p.channels;
     const cudaError_t error =
-        launch_kernel("global_avg_pool2d", global_pool<T, kV>, unsigned(part.batch * slices),
+        launch_kernel({"global_avg_pool2d"}, global_pool<T, kV>, unsigned(part.batch * slices),
                       dim3(kLanes, kSplits), 0, queue, part, slices, scale);
     if (error != cudaSuccess) return error;
   }
@@ -130,7 +132,7 @@ cudaError_t launch_window(const PoolParams& p, LaunchQueue& queue) {
   const int64_t threads = p.batch * p.out_h * p.out_w * channel_vecs;
   const int64_t blocks = ceil_div(threads, int64_t(256));
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return launch_kernel("avg_pool2d", window_pool<T, kV>, unsigned(blocks), 256, 0, queue, p,
+  return launch_kernel({"avg_pool2d"}, window_pool<T, kV>, unsigned(blocks), 256, 0, queue, p,
                        channel_vecs, threads);
 }
 

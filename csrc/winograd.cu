@@ -13,7 +13,9 @@
 // worked off in chunks so that it stays small.
 #include <algorithm>
 
-#include "common.cuh"
+#include "device/element.cuh"
+#include "device/launch.cuh"
+#include "kernels.h"
 
 namespace torch_mbv2 {
 namespace {
@@ -207,7 +209,7 @@ cudaError_t conv_winograd(const ConvParams& p, void* workspace, LaunchQueue& to)
     cudaError_t error = cudaSuccess;
     if (weights > 0) {
       error =
-          launch_kernel("conv_winograd", transform_weight<T>, blocks_of(weights), kThreads, 0,
+          launch_kernel({"conv_winograd"}, transform_weight<T>, blocks_of(weights), kThreads, 0,
                         queue, static_cast<const T*>(p.weight), u, p.out_channels, p.in_channels);
       if (error != cudaSuccess) return error;
     }
@@ -215,8 +217,8 @@ cudaError_t conv_winograd(const ConvParams& p, void* workspace, LaunchQueue& to)
       const int64_t count = std::min(plan.chunk, plan.tiles - first);
       TileArgs args = {p, v, first, count, plan.tiles_h, plan.tiles_w};
       if (p.in_channels > 0) {
-        error = launch_kernel("conv_winograd", transform_input<T>, blocks_of(count * p.in_channels),
-                              kThreads, 0, queue, args);
+        error = launch_kernel({"conv_winograd"}, transform_input<T>,
+                              blocks_of(count * p.in_channels), kThreads, 0, queue, args);
         if (error != cudaSuccess) return error;
       }
       constexpr float kInfinity = INFINITY;
@@ -233,8 +235,8 @@ cudaError_t conv_winograd(const ConvParams& p, void* workspace, LaunchQueue& to)
                    queue);
       if (error != cudaSuccess) return error;
       args.transformed = m;
-      error = launch_kernel("conv_winograd", transform_output<T>, blocks_of(count * p.out_channels),
-                            kThreads, 0, queue, args);
+      error = launch_kernel({"conv_winograd"}, transform_output<T>,
+                            blocks_of(count * p.out_channels), kThreads, 0, queue, args);
       if (error != cudaSuccess) return error;
     }
     return cudaSuccess;

@@ -23,8 +23,8 @@
 #include <optional>
 #include <utility>
 
-#include "common.cuh"
 #include "conv_pool/conv_pool.h"
+#include "device/element.cuh"
 #include "fit_costs.h"
 #include "kernels.h"
 #include "product/gemm.h"

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bind/context.h"
+#include "plan/plans.h"
 
 namespace torch_mbv2::bind {
 
@@ -51,16 +52,13 @@ inline plan::BlockProblem block_problem(const Value& depthwise_weight, const Val
   return p;
 }
 
-// The plan of a problem, made once.
-plan::BlockPlan block_plan(const plan::BlockProblem& problem, const Device& device);
-
 // Runs the fused kernel if it takes the problem with these weights: the output, or nothing, and
 // then a note says why. `make_input` gives the input as the kernel reads it.
 template <typename MakeInput>
 std::optional<Value> run_fused(const char* op, Context& context, BlockParams p,
                                const std::optional<Value>& packed, MakeInput&& make_input) {
   const plan::BlockProblem& problem = p.problem;
-  const plan::BlockPlan chosen = block_plan(problem, context.queue().device());
+  const plan::BlockPlan chosen = plan::plan_for(problem, context.queue().device());
   std::string reason = chosen.reason;
   if (chosen.packed_bytes >= 0 && packed && packed->numel() * 2 != chosen.packed_bytes) {
     fail(op, "packed must have shape (", chosen.packed_bytes / 2,

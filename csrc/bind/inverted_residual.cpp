@@ -1,17 +1,8 @@
 #include "bind/blocks.h"
 #include "bind/conv2d.h"
 #include "bind/op.h"
-#include "plan/architecture.h"
-#include "plan/cache.h"
 
 namespace torch_mbv2::bind {
-
-plan::BlockPlan block_plan(const plan::BlockProblem& problem, const Device& device) {
-  static plan::Cache<plan::BlockProblem, plan::BlockPlan> plans;
-  return plans.get(problem, device, [](const plan::BlockProblem& p, const Device& d) {
-    return plan::plan_block(p, d, plan::architecture_of(d.arch).block);
-  });
-}
 
 Value inverted_residual(Context& context, Value input, std::optional<Value> expand_weight,
                         std::optional<Value> expand_bias, Value depthwise_weight,

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "block/launch.h"
+#include "device/launch.cuh"
 
 namespace torch_mbv2 {
 namespace block {

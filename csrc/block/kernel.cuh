@@ -49,6 +49,7 @@
 
 #include "block/expand.cuh"
 #include "block/output.cuh"
+#include "device/launch.cuh"
 
 namespace torch_mbv2::block {
 
@@ -121,7 +122,7 @@ cudaError_t launch_instance(const BlockArgs& a, const plan::BlockPlan& plan, int
   launch.shared_bytes = size_t(t.shared_bytes);
   launch.cluster = unsigned(t.cut.splits);
   launch.early = queue.device().is_hopper_or_newer();
-  launch.clocks = t.clocks;
+  launch.clocks = t.clocks * double(thread_blocks * plan.slices) / t.thread_blocks;
   launch.add(a);
   return queue.add(launch);
 }

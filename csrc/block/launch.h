@@ -2,7 +2,8 @@
 // element type, which are compiled apart because they take long.
 #pragma once
 
-#include "common.cuh"
+#include "device/divider.cuh"
+#include "kernels.h"
 #include "plan/block.h"
 
 namespace torch_mbv2::block {

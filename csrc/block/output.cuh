@@ -6,6 +6,7 @@
 
 #include "block/project.cuh"
 #include "device/cluster.cuh"
+#include "device/vector.cuh"
 
 namespace torch_mbv2::block {
 

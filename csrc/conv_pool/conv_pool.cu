@@ -7,7 +7,7 @@
 #include "conv_pool/direct.cuh"
 #include "conv_pool/float.cuh"
 #include "conv_pool/resident.cuh"
-#include "plan/architecture.h"
+#include "plan/plans.h"
 
 namespace torch_mbv2 {
 namespace {
@@ -21,7 +21,7 @@ cudaError_t launch_resident(const ConvPoolParams& p, const plan::ConvPoolPlan& p
                                            1.0f / float(p.pixels), PixelOrder(p.pixels)};
   const int64_t blocks = ceil_div(p.batch, int64_t(plan.images)) * s.channel_groups;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return launch_kernel("conv_pool", kernel, unsigned(blocks), 32 * plan.warps,
+  return launch_kernel({"conv_pool", plan.clocks}, kernel, unsigned(blocks), 32 * plan.warps,
                        Kernel::shared_bytes(plan.warps), queue, p, s);
 }
 
@@ -35,8 +35,9 @@ cudaError_t launch_images(Kernel kernel, const ConvPoolParams& p, const plan::Co
     ConvPoolParams chunk = p;
     chunk.input = static_cast<const T*>(p.input) + first * p.pixels * p.k;
     chunk.output = static_cast<T*>(p.output) + first * p.n;
-    return launch_kernel("conv_pool", kernel, unsigned(images * s.channel_groups), 32 * plan.warps,
-                         0, queue, chunk, s);
+    const double clocks = plan.clocks * double(images) / double(p.batch);
+    return launch_kernel({"conv_pool", clocks}, kernel, unsigned(images * s.channel_groups),
+                         32 * plan.warps, 0, queue, chunk, s);
   });
 }
 
@@ -84,9 +85,7 @@ cudaError_t conv_pool(const ConvPoolParams& p, const plan::ConvPoolPlan& plan, L
 
 cudaError_t conv_pool(const ConvPoolParams& p, LaunchQueue& queue) {
   if (p.batch == 0 || p.n == 0) return cudaSuccess;
-  const Device& device = queue.device();
-  const plan::ConvPoolCosts& costs = plan::architecture_of(device.arch).conv_pool;
-  return conv_pool(p, plan::plan_conv_pool(conv_pool_problem(p), device, costs), queue);
+  return conv_pool(p, plan::plan_for(conv_pool_problem(p), queue.device()), queue);
 }
 
 }  // namespace torch_mbv2

@@ -16,8 +16,11 @@
 //   16 * kHigh, so that after the sum over pixels neighbouring lanes hold neighbouring channels.
 #pragma once
 
+#include "device/launch.cuh"
 #include "device/memory.cuh"
 #include "device/mma.cuh"
+#include "device/vector.cuh"
+#include "kernels.h"
 #include "plan/conv_pool.h"
 
 namespace torch_mbv2::conv_pool_kernels {

@@ -14,7 +14,7 @@
 #pragma once
 
 #include "conv_pool/parts.cuh"
-#include "conv_pool/pixel_order.h"
+#include "plan/pixel_order.h"
 
 namespace torch_mbv2::conv_pool_kernels {
 

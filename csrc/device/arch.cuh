@@ -21,4 +21,12 @@ struct Arch {
   static constexpr bool kKeepsThreadIndex = kNumber == 900;
 };
 
+// Launch bounds of kernels of which the compiler, for Blackwell, would spill registers so that one
+// more thread block fits a multiprocessor.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define BOUNDS_WITHOUT_SPILLS(threads) __launch_bounds__(threads, 1)
+#else
+#define BOUNDS_WITHOUT_SPILLS(threads) __launch_bounds__(threads)
+#endif
+
 }  // namespace torch_mbv2

@@ -2,7 +2,10 @@
 // where Arch::kHasClusters is false; there no kernel is launched with clusters.
 #pragma once
 
-#include "common.cuh"
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
 #include "device/arch.cuh"
 
 namespace torch_mbv2 {

@@ -3,7 +3,10 @@
 // values whose origin is hidden from the compiler.
 #pragma once
 
-#include "common.cuh"
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
 #include "device/arch.cuh"
 
 namespace torch_mbv2 {

@@ -2,7 +2,7 @@
 // tile, how its weights are packed and how shared memory is cut up; or why not, in words. Pure host
 // functions with a cost model, no CUDA needed.
 //
-//   const BlockPlan plan = plan_block(problem, device, architecture_of(device.arch).block);
+//   const BlockPlan plan = plan_for(problem, device);  // of plan/plans.h
 //
 // The kernel (csrc/block) takes from here its instances, the layout of the packed weights and the
 // map of its shared memory.
@@ -194,7 +194,6 @@ constexpr int kBlockKernelCount = sizeof(kBlockKernels) / sizeof(kBlockKernels[0
 namespace block_detail {
 
 constexpr int up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <typename... Values>
 std::string words(const char* format, Values... values) {
@@ -207,26 +206,26 @@ std::string words(const char* format, Values... values) {
 
 // Units of 8 channels of a source pixel in shared memory.
 constexpr int source_units(const BlockKernel& kernel, int channels) {
-  const int units = block_detail::ceil_div(channels, kUnitChannels);
+  const int units = ceil_div(channels, kUnitChannels);
   return kernel.resident ? units : block_detail::up(units, 2);
 }
 
 // Steps of 16 of k of the expansion.
 constexpr int expand_steps(const BlockProblem& p) {
   if (p.source_channels == 0) return 0;
-  return p.image ? 2 : block_detail::ceil_div(p.source_channels, 16);
+  return p.image ? 2 : ceil_div(p.source_channels, 16);
 }
 
 // Of output channels: as few as have no more than kMaxBlockTiles tiles.
 constexpr int output_slices(int out_channels) {
-  return block_detail::ceil_div(out_channels, kUnitChannels * kMaxBlockTiles);
+  return ceil_div(out_channels, kUnitChannels * kMaxBlockTiles);
 }
 
 constexpr int chunk_bytes(const BlockProblem& p, const BlockLayout& layout) {
   return packed_chunk_bytes(layout.chunk, layout.tiles, p.image, expand_steps(p));
 }
 constexpr int64_t slice_bytes(const BlockProblem& p, const BlockLayout& layout) {
-  return int64_t(block_detail::ceil_div(p.expanded, layout.chunk)) * chunk_bytes(p, layout) +
+  return int64_t(ceil_div(p.expanded, layout.chunk)) * chunk_bytes(p, layout) +
          project_bias_bytes(layout.tiles);
 }
 // Of the packed weights; of a stem's, in one order.
@@ -237,7 +236,7 @@ constexpr int64_t order_bytes(const BlockProblem& p, const BlockLayout& layout) 
 // Whether an instance serves a problem that has a fused kernel, however its weights are laid out.
 constexpr bool serves(const BlockKernel& k, const BlockProblem& p) {
   const int slices = output_slices(p.out_channels);
-  const int tiles = block_detail::ceil_div(p.out_channels / kUnitChannels, slices);
+  const int tiles = ceil_div(p.out_channels / kUnitChannels, slices);
   return k.stride == p.stride_h && k.window == p.window_h && k.image == p.image &&
          k.tiles >= tiles &&
          (k.image || !k.resident || p.source_channels <= kResidentUnits * kUnitChannels);
@@ -443,8 +442,8 @@ inline bool set_geometry(const BlockProblem& p, const Device& device, BlockTile&
   // A row of the source gets an even number of pixels where columns are split.
   const int pixels = t.cut.images * height * (splits_columns(k) ? up(width, 2) : width);
   t.source_rows = up(pixels, 16 * k.pixel_tiles);
-  t.thread_blocks = double((p.batch + t.cut.images - 1) / t.cut.images) * t.tiles_x * t.tiles_y *
-                    t.cut.splits * output_slices(p.out_channels);
+  t.thread_blocks = double(ceil_div(p.batch, t.cut.images)) * t.tiles_x * t.tiles_y * t.cut.splits *
+                    output_slices(p.out_channels);
   t.one_round = t.thread_blocks <= device.multiprocessors;
   if (t.cut.images > 1 && (t.tiles_x > 1 || t.tiles_y > 1)) return false;
   return t.cut.splits <= t.chunks && (t.cut.splits == 1 || device.is_hopper_or_newer());

@@ -4,21 +4,26 @@
 
 #include <algorithm>
 #include <cmath>
+#include <compare>
 #include <cstdint>
 #include <iterator>
 #include <vector>
 
-#include "conv_pool/pixel_order.h"
 #include "plan/device.h"
+#include "plan/pixel_order.h"
+#include "plan/types.h"
 
 namespace torch_mbv2::plan {
 
 struct ConvPoolProblem {
   int64_t batch;
-  int pixels;  // of an image
-  int k, n;    // input and output channels
+  // Below 2^31 each; wider, so that no sum of them overflows.
+  int64_t pixels;  // of an image
+  int64_t k, n;    // input and output channels
   int element_bytes;
   bool vectors;  // rows of the input and of the weights can be read by 16 bytes
+
+  auto operator<=>(const ConvPoolProblem&) const = default;
 };
 
 enum class ConvPoolKernel {
@@ -65,10 +70,10 @@ constexpr int kConvPoolMostWaves = 4;       // rounds of its thread blocks that 
 
 // How an instance runs.
 struct ConvPoolPlan {
-  int instance;  // index of kConvPoolInstances
-  int warps;     // of a thread block
-  int images;    // of a thread block
-  double clocks;
+  int instance;   // index of kConvPoolInstances
+  int warps;      // of a thread block
+  int images;     // of a thread block
+  double clocks;  // expected
 
   const ConvPoolInstance& kernel() const { return kConvPoolInstances[instance]; }
   // That a thread block makes.
@@ -101,8 +106,6 @@ struct ConvPoolCosts {
 };
 
 namespace conv_pool_detail {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What the estimates for one problem have in common.
 struct Model {
@@ -140,7 +143,7 @@ struct Model {
     const double products = 4.0 * kernel.high * kernel.steps;  // of a tile
     const double blocks =
         double(ceil_div(p.batch, images)) * double(ceil_div(p.n, 16 * kernel.high * warps));
-    const int64_t octets = PixelOrder(p.pixels).total(int(images));
+    const int64_t octets = PixelOrder(int(p.pixels)).total(int(images));
     const double tiles = double(ceil_div(octets, kConvPoolTilePixels / kOctet));
     const double together =
         share(blocks) * warps / 4 * tiles * (c.product * products + c.resident_tile);
@@ -171,7 +174,6 @@ struct Model {
 inline std::vector<ConvPoolPlan> conv_pool_candidates(const ConvPoolProblem& p,
                                                       const Device& device,
                                                       const ConvPoolCosts& costs) {
-  using conv_pool_detail::ceil_div;
   const conv_pool_detail::Model model = {p, costs, device.multiprocessors};
   const int steps = int(ceil_div(p.k, kConvPoolStepK));
   std::vector<ConvPoolPlan> plans;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <compare>
 #include <cstdint>
 #include <vector>
 
@@ -77,6 +78,8 @@ struct ProductProblem {
   int64_t batch;  // of products, or groups of a convolution
   DType dtype;
   bool matrix, vectors;  // see with_tiles
+
+  auto operator<=>(const ProductProblem&) const = default;
 };
 
 // The cost model's constants; each architecture has its own, see architecture.h. These were fitted
@@ -115,8 +118,8 @@ inline double product_clocks(const ProductTile& tile, const ProductProblem& p, c
   const double block = std::sqrt(memory * memory + math * math) + c.start;
   const double chain = half ? c.half_chain * (k_padded / 16) * (tile.n / 16 + c.half_chain_columns)
                             : c.float_chain * k_padded * tile.n * tile.thread_rows / 64;
-  const double rows = double((p.m + tile.m - 1) / tile.m);
-  const double columns = double((int64_t(p.n) + tile.n - 1) / tile.n);
+  const double rows = double(ceil_div(p.m, tile.m));
+  const double columns = double(ceil_div(int64_t(p.n), tile.n));
   const double blocks = rows * columns * double(p.batch);
   const double waves = std::max(1.0, blocks / device.multiprocessors);
   const double rounds = (1 - c.whole_waves) * waves + c.whole_waves * std::ceil(waves);

@@ -1,11 +1,18 @@
-// Types that problems, plans and kernels share. Host only, no CUDA needed.
+// Types, and a division, that problems, plans and kernels share. No CUDA needed.
 #pragma once
 
 #include <compare>
+#include <type_traits>
 
 namespace torch_mbv2 {
 
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
+
+// a / b, rounded up; neither is negative.
+template <typename A, typename B>
+constexpr std::common_type_t<A, B> ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
 
 constexpr int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 

@@ -19,7 +19,8 @@ cudaError_t run(const GemmParams& p, const plan::ProductPlan& plan, LaunchQueue&
   g.output_step = p.m * p.n;
   g.act = p.act;
   const typename MatrixLoader<T, kVectors>::Params a = {static_cast<const T*>(p.a), p.m * p.k};
-  return launch_product<T, MatrixLoader<T, kVectors>, kVectors, true>(g, a, p.batch, plan, queue);
+  return launch_product<T, MatrixLoader<T, kVectors>, kVectors, true>(g, a, p.batch, plan, 1,
+                                                                      queue);
 }
 
 }  // namespace
@@ -46,7 +47,7 @@ cudaError_t gemm(const GemmParams& p, const plan::ProductPlan& plan, LaunchQueue
 
 cudaError_t gemm(const GemmParams& p, LaunchQueue& queue) {
   if (p.m == 0 || p.n == 0 || p.batch == 0) return cudaSuccess;
-  return gemm(p, plan_product(gemm_problem(p), queue.device()), queue);
+  return gemm(p, plan::plan_for(gemm_problem(p), queue.device()), queue);
 }
 
 }  // namespace torch_mbv2

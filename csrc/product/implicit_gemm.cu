@@ -21,14 +21,14 @@ cudaError_t run(const ConvParams& p, LaunchQueue& queue) {
   g.act = p.act;
   const int64_t pixels = int64_t(p.out_h) * p.out_w;
   // Chosen for the whole batch, so that all parts of it add up alike.
-  const plan::ProductPlan plan = plan_product({.m = p.batch * pixels,
-                                               .n = g.n,
-                                               .k = g.k,
-                                               .batch = p.groups,
-                                               .dtype = p.dtype,
-                                               .matrix = false,
-                                               .vectors = kVectors},
-                                              queue.device());
+  const plan::ProductProblem problem = {.m = p.batch * pixels,
+                                        .n = g.n,
+                                        .k = g.k,
+                                        .batch = p.groups,
+                                        .dtype = p.dtype,
+                                        .matrix = false,
+                                        .vectors = kVectors};
+  const plan::ProductPlan plan = plan::plan_for(problem, queue.device());
   return for_each_chunk(p.batch, pixels, [&](int64_t first, int64_t images) {
     ConvParams chunk = p;
     chunk.input = static_cast<const T*>(p.input) + first * p.in_stride_n;
@@ -36,7 +36,7 @@ cudaError_t run(const ConvParams& p, LaunchQueue& queue) {
     g.m = images * pixels;
     g.output = static_cast<T*>(p.output) + first * pixels * p.out_channels;
     return launch_product<T, Loader, kVectors, false>(g, Loader::params(chunk), p.groups, plan,
-                                                      queue);
+                                                      double(images) / double(p.batch), queue);
   });
 }
 

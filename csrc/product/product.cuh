@@ -9,9 +9,13 @@
 // Thin products (small n or k) are bound by device memory, wide ones by the tensor cores or FFMA.
 #pragma once
 
+#include "device/divider.cuh"
+#include "device/launch.cuh"
 #include "device/memory.cuh"
 #include "device/mma.cuh"
-#include "plan/architecture.h"
+#include "device/vector.cuh"
+#include "kernels.h"
+#include "plan/plans.h"
 
 namespace torch_mbv2 {
 
@@ -516,15 +520,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 
 // ---------------------------------------------------------------------------------------- launch
 
-inline plan::ProductPlan plan_product(const plan::ProductProblem& problem, const Device& device) {
-  return plan::plan_product(problem, device, plan::architecture_of(device.arch).product);
-}
-
 // Runs the product on the tile of a plan, which must be one of product_candidates. kMatrix: A is a
-// plain matrix.
+// plain matrix. `share`: how much of what was planned for this is.
 template <typename T, typename Loader, bool kVectors, bool kMatrix>
 cudaError_t launch_product(ProductParams g, const typename Loader::Params& a, int z_count,
-                           const plan::ProductPlan& plan, LaunchQueue& queue) {
+                           const plan::ProductPlan& plan, double share, LaunchQueue& queue) {
   constexpr bool kHalf = sizeof(T) == 2;
   cudaError_t error = cudaErrorInvalidValue;
   const auto launch = [&](auto tile, auto kernel) {
@@ -536,8 +536,8 @@ cudaError_t launch_product(ProductParams g, const typename Loader::Params& a, in
     constexpr int kMostZ = 65535;  // of a grid
     const dim3 grid(unsigned(blocks), ceil_div(z_count, kMostZ),
                     z_count < kMostZ ? z_count : kMostZ);
-    error = launch_kernel(Loader::kFamily, kernel, grid, Tile::kThreads, Tile::shared_bytes(g.k),
-                          queue, g, a);
+    error = launch_kernel({Loader::kFamily, share * plan.clocks}, kernel, grid, Tile::kThreads,
+                          Tile::shared_bytes(g.k), queue, g, a);
   };
   const auto try_tile = [&]<int kIndex>(std::integral_constant<int, kIndex>) {
     if (plan.tile != kIndex) return;

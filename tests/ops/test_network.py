@@ -16,6 +16,8 @@ import torch_mbv2
 from torch_mbv2 import ops
 from torch_mbv2.chains import Network
 from torch_mbv2.measure.conditions import exact_settings
+from torch_mbv2.ops.network import Program
+from torch_mbv2.weights import packing
 
 RAW = torch.ops.torch_mbv2
 SETTING = [[1, 8, 1, 1], [6, 16, 2, 2], [6, 24, 2, 2]]
@@ -194,6 +196,35 @@ def test_refuses_to_hand_on_its_input(device):
 def test_explain_refuses_nonsense(size, stride, device, sentence):
     with pytest.raises(RuntimeError, match=re.escape(sentence)):
         RAW.explain("global_avg_pool2d %0 0", size, stride, "float32", device)
+
+
+@pytest.mark.skipif(not hasattr(RAW, "explain"), reason="needs the compiled library")
+@pytest.mark.parametrize("op", ["linear", "conv2d", "conv_pool", "inverted_residual"])
+def test_explain_tells_the_clocks_that_are_expected(op):
+    def clocks(batch: int) -> int:
+        program = Program()
+        program.add(op, program.input, *arguments)
+        device = [900, 132, 232448, 233472]
+        size = [batch, 96] if op == "linear" else [batch, 96, 14, 14]
+        stride = [96, 1] if op == "linear" else [96 * 14 * 14, 1, 96 * 14, 96]
+        lines = RAW.explain(program.text, size, stride, "float16", device).splitlines()
+        return sum(int(line.split()[-1]) for line in lines)
+
+    def weight(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float16)
+
+    expand, depthwise, project = weight(576, 96, 1, 1), weight(576, 1, 3, 3), weight(96, 576, 1, 1)
+    packed = packing.pack_inverted_residual(expand, None, depthwise, None, project, None)
+    arguments = {
+        "linear": (weight(1000, 96), None, None, None),
+        "conv2d": (weight(16, 96, 3, 3), None, (1, 1), (1, 1, 1, 1), (1, 1), 1, None, None),
+        "conv_pool": (weight(1280, 96, 1, 1), None, 0.0, 6.0),
+        "inverted_residual": (
+            *(expand, None, depthwise, None, project, None, packed),
+            *((1, 1), (1, 1, 1, 1), True, 0.0, 6.0),
+        ),
+    }[op]
+    assert 0 < clocks(1) <= clocks(64) < clocks(1024)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 // bit by bit, in every group.
 //
 //   pixel_order FIRST_PIXELS LAST_PIXELS
-#include "conv_pool/pixel_order.h"
+#include "plan/pixel_order.h"
 
 #include <algorithm>
 #include <cstdint>

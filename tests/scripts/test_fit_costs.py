@@ -343,5 +343,5 @@ def test_kernels_are_compiled_as_they_are_for_torch(fit_costs):
 
 def test_all_that_is_included_decides_whether_a_program_is_up_to_date(fit_costs):
     names = {path.name for path in fit_costs._included([ROOT / "scripts/fit_costs.cu"])}
-    assert {"fit_costs.cu", "fit_costs.h", "common.cuh", "gemm.h", "architecture.h"} <= names
+    assert {"fit_costs.cu", "fit_costs.h", "element.cuh", "gemm.h", "architecture.h"} <= names
     assert "kernel.cuh" not in names
