@@ -5,6 +5,8 @@ nothing; `ops` does."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +107,12 @@ def im2col(
     return F.unfold(input, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
 
 
+#: Of a convolution: stride, padding, dilation and groups.
+_POINTWISE = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
+#: What a block is made of here.
+_STOCK = SimpleNamespace(conv2d=conv2d, add=add)
+
+
 def inverted_residual(
     input: Tensor,
     expand_weight: Tensor | None,
@@ -119,18 +127,24 @@ def inverted_residual(
     residual: bool,
     act_min: float | None,
     act_max: float | None,
+    *,
+    layers: Any = _STOCK,
 ) -> Tensor:
     """`input` through `act(expand)` (if any), `act(depthwise)` and `project`, plus `input` with
-    `residual`; each step rounds, as stock layers do. `packed` holds nothing but the weights."""
-    x = input
+    `residual`; each step rounds, as stock layers do. `packed` holds nothing but the weights.
+
+    Its steps are `layers.conv2d` and `layers.add`: those here, or the ops of that name, which a
+    block without a fused kernel runs on CUDA."""
+    x: Tensor = input
+    act = (act_min, act_max)
     if expand_weight is not None:
-        x = _pointwise(x, expand_weight, expand_bias, act_min, act_max)
-    groups = depthwise_weight.shape[0]
-    x = conv2d(
-        x, depthwise_weight, depthwise_bias, stride, padding, (1, 1), groups, act_min, act_max
-    )
-    x = _pointwise(x, project_weight, project_bias, None, None)
-    return torch.add(input, x) if residual else x
+        x = layers.conv2d(x, expand_weight, expand_bias, *_POINTWISE, *act)
+    window = (stride, padding, (1, 1), depthwise_weight.shape[0])
+    x = layers.conv2d(x, depthwise_weight, depthwise_bias, *window, *act)
+    x = layers.conv2d(x, project_weight, project_bias, *_POINTWISE, None, None)
+    if residual:
+        x = layers.add(input, x, None, None)
+    return x
 
 
 def stem_block(
@@ -147,11 +161,13 @@ def stem_block(
     padding: Sequence[int],
     act_min: float | None,
     act_max: float | None,
+    *,
+    layers: Any = _STOCK,
 ) -> Tensor:
     """`input.to(stem_weight.dtype)` through `act(stem)`, `act(depthwise)` and `project`. `packed`
-    holds nothing but the weights."""
-    x = input.to(stem_weight.dtype)
-    x = conv2d(x, stem_weight, stem_bias, stem_stride, stem_padding, (1, 1), 1, act_min, act_max)
+    holds nothing but the weights; `layers` as in `inverted_residual`."""
+    x, window = input.to(stem_weight.dtype), (stem_stride, stem_padding, (1, 1), 1)
+    x = layers.conv2d(x, stem_weight, stem_bias, *window, act_min, act_max)
     return inverted_residual(
         x,
         None,
@@ -166,6 +182,7 @@ def stem_block(
         False,
         act_min,
         act_max,
+        layers=layers,
     )
 
 
@@ -177,10 +194,4 @@ def conv_pool(
     act_max: float | None,
 ) -> Tensor:
     """`F.conv2d(input, weight, bias).clamp(act_min, act_max).mean((2, 3))`."""
-    return _pointwise(input, weight, bias, act_min, act_max).mean((2, 3))
-
-
-def _pointwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, act_min: float | None, act_max: float | None
-) -> Tensor:
-    return conv2d(x, weight, bias, (1, 1), (0, 0, 0, 0), (1, 1), 1, act_min, act_max)
+    return conv2d(input, weight, bias, *_POINTWISE, act_min, act_max).mean((2, 3))

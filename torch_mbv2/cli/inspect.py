@@ -70,7 +70,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torch_mbv2 import ops
+from torch_mbv2 import ops, reference
 from torch_mbv2.cli import models, output
 from torch_mbv2.errors import ModelError, first_line
 from torch_mbv2.mobilenet import MobileNetV2
@@ -371,8 +371,9 @@ class _Dispatches(TorchDispatchMode):
         kwargs = kwargs or {}
         named = _named(func, args, kwargs)
         if "packed" in named and not _is_fused(func, named):
-            with self:
-                return _one_by_one(named)
+            layer_by_layer = getattr(reference, _name(func))
+            with self:  # what CUDA runs instead
+                return layer_by_layer(**named, layers=torch.ops.torch_mbv2)
         inputs = _tensors((args, kwargs))
         if inputs and all(map(_is_real_integers, inputs)):
             with unset_fake_temporarily():
@@ -390,29 +391,16 @@ def _named(
     return dict(zip(names, args, strict=False)) | kwargs
 
 
+def _name(function: torch._ops.OpOverload) -> str:
+    return str(function._schema.name.removeprefix("torch_mbv2::"))
+
+
 def _is_fused(function: torch._ops.OpOverload, named: dict[str, Any]) -> bool:
     """Whether a block runs as one kernel."""
-    op = function._schema.name.removeprefix("torch_mbv2::")
     x, *arguments = named.values()
     # Not of a batch that no memory could hold: the choice does not depend on it.
     size = (1, *x.shape[1:])
-    return ops.plan(op, [size], x.dtype, arguments).reason is None
-
-
-def _one_by_one(block: dict[str, Any]) -> Tensor:
-    """What CUDA runs for an `inverted_residual` or a `stem_block` without a fused kernel."""
-    x, activation = block["input"], (block["act_min"], block["act_max"])
-    if "stem_weight" in block:
-        stem = (block["stem_weight"], block["stem_bias"])
-        window = (block["stem_stride"], block["stem_padding"])
-        x = ops.conv2d(x, *stem, *window, activation=activation)
-    elif block["expand_weight"] is not None:
-        x = ops.conv2d(x, block["expand_weight"], block["expand_bias"], activation=activation)
-    weight, stride = block["depthwise_weight"], block.get("stride", 1)
-    options = (block["depthwise_bias"], stride, block["padding"], 1, len(weight))
-    x = ops.conv2d(x, weight, *options, activation=activation)
-    x = ops.conv2d(x, block["project_weight"], block["project_bias"])
-    return ops.add(block["input"], x) if block.get("residual") else x
+    return ops.plan(_name(function), [size], x.dtype, arguments).reason is None
 
 
 def _bytes_moved(
