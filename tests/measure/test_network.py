@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import torch_mbv2
+from torch_mbv2 import ops
 from torch_mbv2.measure import contenders
 from torch_mbv2.measure.conditions import noise
 from torch_mbv2.measure.contenders import CONTENDERS, PATCHED, RIVALS, Contender, Ready, Work
@@ -160,6 +161,21 @@ def test_on_a_gpu(stock, dtype):
     assert all(row["relative_l2"] < largest and not row["top1_differs"] for row in rows), rows
     assert all(row["peak_mib"] > 0 for row in rows)
     assert rows[-1]["over_patched_cudagraph"] == 1
+
+
+@pytest.mark.cuda
+@torch.inference_mode()
+def test_memory_that_other_networks_keep_is_not_counted(stock):
+    """As many of their CUDA graphs are kept as there may be, with scratch memory of megabytes."""
+    fast = torch_mbv2.patch(copy.deepcopy(stock).to(CUDA, torch.float16))
+    for size in range(200, 248):
+        images = torch.randn(2, 3, size, size, device=CUDA, dtype=torch.float16)
+        for _ in range(2):
+            fast(images)
+    assert ops.replays()[1] > 2**20
+    names = ["eager", "patched", "patched_cudagraph"]
+    rows = bench_network(*prepared(stock, torch.float16, 2, CUDA), names, **TIMES)
+    assert all(row["peak_mib"] > 0 for row in rows), rows
 
 
 @pytest.mark.cuda

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_mbv2 import testing
+from torch_mbv2 import ops, testing
 from torch_mbv2.errors import first_line, is_out_of_memory
 from torch_mbv2.measure.conditions import dtype_of
 from torch_mbv2.measure.contenders import CONTENDERS, PATCHED, Ready, Work
@@ -56,6 +56,8 @@ def bench_network(
     A contender that fails has a row that says why, except for the patched model: what that raises,
     this does, unless it is for want of memory.
     """
+    # What networks of before keep would be let go while the memory of these is measured.
+    ops.forget_replays()
     try:
         return _rows(work, yardstick, names, rounds, min_time, on_step)
     finally:
