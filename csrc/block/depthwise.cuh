@@ -84,12 +84,11 @@ struct Windows {
   }
 };
 
-// The convolution of one chunk. Of the diagonal matrices, lane (g, q) holds row 2q (low half) and
-// 2q
-// + 1 (high half) of column g, so of 4 lanes one holds taps, in the half that they are packed in,
-// and three hold zeros. So that two units of 8 channels share the loads of their taps, the columns
-// of the second are 2 channels off: its taps are in the lanes next to those of the first. (The
-// weights of the projection are packed in that order.)
+// The convolution of one chunk. Of the diagonal matrices, lane (g, q) holds rows 2q (low half) and
+// 2q + 1 (high half) of column g, so of 4 lanes one holds taps, in the half that they are packed
+// in, and three hold zeros. So that two units of 8 channels share the loads of their taps, the
+// columns of the second are 2 channels off: its taps are in the lanes next to those of the first.
+// (The weights of the projection are packed in that order.)
 template <typename Instance>
 struct Depthwise {
   using T = typename Instance::T;

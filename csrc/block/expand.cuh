@@ -152,39 +152,44 @@ __device__ __forceinline__ void expand_few(const Expansion<Instance>& x) {
 
 // The same where the source is an image: k is 3 rows of 10 elements of it, the 9 of the window and
 // the one before it, or after it if it starts in an even column, then the bias. A lane's operands
-// are pairs of them, 4 bytes at a time.
+// are pairs of them, 4 bytes at a time. Those of the next tile are on their way while one is
+// stored: they take two loads, one after the other.
 template <typename Instance>
 __device__ __forceinline__ void expand_image(const Expansion<Instance>& x) {
   using T = typename Instance::T;
   constexpr int kPairs = Instance::kPairs, kSteps = 2;
   constexpr int kRowPairs = 5, kLast = plan::kStemWindow * kRowPairs - 1;
   const uint32_t places = x.memory.places, windows = x.memory.windows;
-  uint4 b[kSteps][kPairs];
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p) b[s][p] = x.weights(s, p);
-  }
+  if (x.me.warp >= x.tiles) return;
   int at[4];  // of this lane's pairs of a window; the last one of lane 3 is a pair of ones
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int pair = min(4 * i + x.me.q, kLast);
     at[i] = pair / kRowPairs * x.a.storage.image_row + pair % kRowPairs * 2 * Instance::kBytes;
   }
-#pragma unroll 1
-  for (int t = x.me.warp; t < x.tiles; t += x.warps) {
-    const uint32_t entry = x.entry(t);
-    const uint32_t window0 = load_shared4(windows + entry);
-    const uint32_t window1 = load_shared4(windows + entry + x.kNextEntry);
-    uint32_t f[kSteps][4];
+  uint32_t f[kSteps][4];
+  const auto load = [&](uint32_t window0, uint32_t window1) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       f[i / 2][i % 2 * 2] = load_shared4(window0 + at[i]);
       f[i / 2][i % 2 * 2 + 1] = load_shared4(window1 + at[i]);
     }
     if (x.me.q == 3) f[1][2] = f[1][3] = Element<T>::kTwoOnes;
-    const uint32_t pixels[2] = {load_shared4(places + entry),
-                                load_shared4(places + entry + x.kNextEntry)};
+  };
+  const uint32_t first = windows + x.entry(x.me.warp);
+  load(load_shared4(first), load_shared4(first + x.kNextEntry));
+  uint4 b[kSteps][kPairs];
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) b[s][p] = x.weights(s, p);
+  }
+#pragma unroll 1
+  for (int t = x.me.warp; t < x.tiles; t += x.warps) {
+    const uint32_t next = windows + x.entry(min(t + x.warps, x.tiles - 1));
+    const uint32_t window0 = load_shared4(next), window1 = load_shared4(next + x.kNextEntry);
+    const uint32_t entry = places + x.entry(t);
+    const uint32_t pixels[2] = {load_shared4(entry), load_shared4(entry + x.kNextEntry)};
 #pragma unroll
     for (int p0 = 0; p0 < kPairs; p0 += 2) {
       const int count = p0 + 2 <= kPairs ? 4 : 2;
@@ -198,6 +203,7 @@ __device__ __forceinline__ void expand_image(const Expansion<Instance>& x) {
           mma<T>(e[2 * p + 1], f[s], w.z, w.w);
         }
       }
+      if (p0 + 2 >= kPairs) load(window0, window1);  // nobody reads this tile's any more
       x.store(e, count, pixels, p0);
     }
   }

@@ -204,11 +204,12 @@ __device__ __forceinline__ bool has_few_units(const BlockArgs& a) {
 // Copies a pixel of few units from device memory to shared memory.
 template <typename T>
 __device__ __forceinline__ void load_pixel(const BlockArgs& a, const T* from, uint32_t to) {
+  const uint64_t pixel = opaque_address(from);
 #pragma unroll
   for (int u = 0; u < kFewUnits; ++u) {
-    if (u >= a.storage.source_units) continue;
+    if (u >= a.storage.source_units) break;
     const bool real = u * kUnitChannels < a.in_channels;
-    copy_async16_cached(to + u * kUnitBytes, from + (real ? u * kUnitChannels : 0), real);
+    copy_async16_cached(to + u * kUnitBytes, pixel + (real ? u * kUnitBytes : 0), real);
   }
 }
 

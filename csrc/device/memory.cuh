@@ -156,7 +156,7 @@ __device__ __forceinline__ void copy_async16(uint32_t to, const void* from, bool
 }
 
 // The same through L1: for pieces that share 32-byte sectors.
-__device__ __forceinline__ void copy_async16_cached(uint32_t to, const void* from, bool inside) {
+__device__ __forceinline__ void copy_async16_cached(uint32_t to, uint64_t from, bool inside) {
   const int bytes = inside ? 16 : 0;
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
 }
