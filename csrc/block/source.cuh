@@ -207,7 +207,7 @@ __device__ __forceinline__ void load_pixel(const BlockArgs& a, const T* from, ui
   const uint64_t pixel = opaque_address(from);
 #pragma unroll
   for (int u = 0; u < kFewUnits; ++u) {
-    if (u >= a.storage.source_units) break;
+    if (u >= a.storage.source_units) continue;
     const bool real = u * kUnitChannels < a.in_channels;
     copy_async16_cached(to + u * kUnitBytes, pixel + (real ? u * kUnitBytes : 0), real);
   }
