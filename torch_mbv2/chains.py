@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,41 +22,18 @@ from torch import Tensor, fx, nn
 from . import modules, ops
 from .errors import is_out_of_memory
 from .modules import Swapped
+from .weights.derived import Sources
 
 _NETWORK = torch.ops.torch_mbv2.network.default
 #: Of sizes of images for which a network keeps something.
 _MOST_KEPT = 64
+#: Held while a network makes its weights: memory that one thread replaced might be used again while
+#: a kernel that another thread launched still reads it.
+_MAKING = threading.RLock()
 
 
 def _kind_of(input: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(input.shape), input.dtype
-
-
-class _Sources:
-    """The parameters of layers, as they are now."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self.every = [layer._parameters for layer in layers]
-        self.sizes = [len(parameters) for parameters in self.every]
-        held = [(parameters, *item) for parameters in self.every for item in parameters.items()]
-        self.holders = [holder for holder, _, _ in held]
-        self.names = [name for _, name, _ in held]
-        self.tensors = [tensor for _, _, tensor in held]
-        # Those made in inference mode count no versions.
-        self.counting = [t for t in self.tensors if t is not None and not t.is_inference()]
-        self.versions = [tensor._version for tensor in self.counting]
-
-    def are_as_they_were(self) -> bool:
-        """Whether none was added, replaced or changed in place. (Changes through `.data`, and of
-        parameters that were made in inference mode, do not show.)"""
-        return (
-            list(map(len, self.every)) == self.sizes
-            and all(map(operator.is_, map(dict.get, self.holders, self.names), self.tensors))
-            and list(map(_VERSION, self.counting)) == self.versions
-        )
-
-
-_VERSION = operator.attrgetter("_version")
 
 
 @dataclass(frozen=True)
@@ -89,7 +67,7 @@ class Network(Swapped):
     #: the weights of its layers as the op reads them, if they were ever needed
     memory: Tensor | None
     #: the parameters that they were made of, or None where they must be made anew
-    sources: _Sources | None
+    sources: Sources | None
     #: the programs, by the size of the images, or None where that does not matter
     programs: dict[tuple[int, ...] | None, str]
     #: what the op refused, and the layers may take: sizes and dtypes of inputs
@@ -130,8 +108,10 @@ class Network(Swapped):
         if not self._is_one_call(input) or (self.guard is not None and not self.guard(self)):
             return self.run_layers(input)
         size = tuple(input.shape[1:]) if self._sizes_matter else None
-        if self.sources is None or not self.sources.are_as_they_were():
-            self._make(input)
+        if self._is_stale():
+            with _MAKING:
+                if self._is_stale():  # else another thread was first
+                    self._make(input)
         program = self.programs.get(size) or self._write(input, size)
         if self.sources is None or self.memory is None or self.memory.device != input.device:
             return self.run_layers(input)
@@ -169,6 +149,10 @@ class Network(Swapped):
             and not (input.requires_grad and torch.is_grad_enabled())
         )
 
+    def _is_stale(self) -> bool:
+        sources = self.sources
+        return sources is None or not sources.are_as_they_were()
+
     @functools.cached_property
     def _sizes_matter(self) -> bool:
         return any(layer.pads_same for layer in self.layers_in_order())
@@ -176,16 +160,18 @@ class Network(Swapped):
     def _make(self, input: Tensor) -> None:
         """Make the weights, unless a CUDA graph that is being captured would own them."""
         self.programs.clear()
+        self.refused.clear()
         self.forget()
         if torch.cuda.is_current_stream_capturing():
             return
-        sources = _Sources(self.layers_in_order())
+        sources = Sources(self.layers_in_order())
         with torch.inference_mode(False), torch.no_grad():
             weights = self.program(input).weights()
             if weights.is_cuda:
                 # In the same place where that is possible: graphs that users captured read there.
-                if self.memory is not None and self.memory.shape == weights.shape:
-                    weights = self.memory.copy_(weights)
+                old = self.memory
+                if old is not None and (old.shape, old.device) == (weights.shape, weights.device):
+                    weights = old.copy_(weights)
                 # Other streams and threads may read them from now on.
                 torch.cuda.current_stream(weights.device).synchronize()
         self.__dict__.update(memory=weights, sources=sources)

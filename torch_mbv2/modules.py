@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .weights import fold, packing
+from .weights.derived import Sources
 
 #: Rows and columns of a map, as `Swapped.plan` supposes them.
 _COMMON_SIZE = 28
@@ -482,7 +483,7 @@ class Add(Swapped):
 
 class _FusedBlock(Swapped):
     """Base of the blocks that read `packed`, their weights and biases in the order of the kernel,
-    which follows these through `.to()`, `.half()` and `load_state_dict`.
+    which follows these through `.to()`, `.half()`, `load_state_dict`, edits and replacements.
 
     Args:
         stock: the module replaced, if any.
@@ -493,8 +494,11 @@ class _FusedBlock(Swapped):
     packed: Tensor | None
     #: the biases in float32, as the kernel reads them, by name
     exact_biases: dict[str, Tensor | None]
+    #: the parameters that both were made of
+    sources: Sources
     in_channels: int
     kernel_size: tuple[int, ...]
+    project_weight: nn.Parameter
 
     def __init__(
         self,
@@ -511,6 +515,51 @@ class _FusedBlock(Swapped):
         self.act_min = act_min
         self.act_max = act_max
         self.register_buffer("packed", self._pack(), persistent=False)
+        self._note_sources()
+
+    def _note_sources(self) -> None:
+        self.__dict__["sources"] = Sources([self])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._note_sources()  # a copy's parameters are others
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["sources"]
+        return state
+
+    def _packed_now(self) -> Tensor | None:
+        """`packed`, made anew if a parameter was edited or replaced; None, with which the op reads
+        the parameters themselves, if that is impossible for now."""
+        if torch.compiler.is_compiling() or self.sources.are_as_they_were():
+            return self.packed
+        if self.project_weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # the graph would own the memory
+        with torch.no_grad():
+            for name, exact in self.exact_biases.items():
+                bias = self._parameters[name]
+                # The exact one stands for as long as the parameter is what it rounds to.
+                if bias is None or exact is None or not torch.equal(exact.to(bias), bias):
+                    self.exact_biases[name] = None if bias is None else bias.detach().float()
+            self._renew(self._pack())
+        self._note_sources()
+        return self.packed
+
+    def _renew(self, packed: Tensor | None) -> None:
+        """Put `packed` where the old one is, if that is possible: graphs that users captured read
+        there."""
+        old = self.packed
+        alike = (
+            old is not None
+            and packed is not None
+            and (old.shape, old.device) == (packed.shape, packed.device)
+        )
+        if not alike:
+            self.packed = packed
+            return
+        with torch.inference_mode(old.is_inference()):
+            old.copy_(packed)
 
     def _pack(self) -> Tensor | None:
         raise NotImplementedError
@@ -521,6 +570,7 @@ class _FusedBlock(Swapped):
         for name, bias in self.exact_biases.items():
             self.exact_biases[name] = None if bias is None else bias.to(device)
         self.packed = self._pack()
+        self._note_sources()
         self._changed()
         return self
 
@@ -530,6 +580,7 @@ class _FusedBlock(Swapped):
             bias = self._parameters[name]
             self.exact_biases[name] = None if bias is None else bias.detach().float()
         self.packed = self._pack()
+        self._note_sources()
         self._changed()
 
     def sizes(self) -> list[tuple[int, ...]]:
@@ -644,7 +695,7 @@ class FusedInvertedResidual(_FusedBlock):
             self.depthwise_bias,
             self.project_weight,
             self.project_bias,
-            self.packed,
+            self._packed_now(),
             self.stride,
             padding,
             self.residual,
@@ -771,7 +822,7 @@ class FusedStemBlock(_FusedBlock):
             self.depthwise_bias,
             self.project_weight,
             self.project_bias,
-            self.packed,
+            self._packed_now(),
             self.stem_stride,
             stem_padding,
             self.padding,

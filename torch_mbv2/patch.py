@@ -32,6 +32,7 @@ import copy
 import functools
 import importlib
 import itertools
+import math
 import operator
 import types
 from collections import Counter
@@ -630,6 +631,8 @@ def _take_activation(
         return node, None, None
     low, high = (None if b is None else float(b) for b in bounds)
     if low is not None and high is not None and not low <= high:
+        return node, None, None
+    if any(b is not None and math.isnan(b) for b in (low, high)):
         return node, None, None
     source = _node(follower.args[0])
     scope.drop(follower, into)

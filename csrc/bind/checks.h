@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cctype>
+#include <cmath>
 #include <cstdio>
 #include <limits>
 #include <sstream>
@@ -171,6 +172,8 @@ inline void check_activation(const char* op, Bound act_min, Bound act_max) {
   if (act_min && act_max && !(*act_min <= *act_max)) {
     fail(op, "act_min must not exceed act_max, got ", number(*act_min), " and ", number(*act_max));
   }
+  if (act_min && std::isnan(*act_min)) fail(op, "act_min must be a number or None, got nan");
+  if (act_max && std::isnan(*act_max)) fail(op, "act_max must be a number or None, got nan");
 }
 
 inline void check_kernel_fits(const char* op, int64_t height, int64_t width, int64_t kernel_h,

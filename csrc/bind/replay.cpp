@@ -44,7 +44,8 @@ class Replay {
   }
   // Whether there is a graph, and not only a note that it was asked for.
   bool is_made() const { return made_; }
-  int64_t scratch_bytes() const { return made_ ? plan_->scratch_bytes : 0; }
+  // Also of a note, which the next call may make a graph of.
+  int64_t scratch_bytes() const { return failed_ ? 0 : plan_->scratch_bytes; }
 
   cudaError_t launch(Bases bases, cudaStream_t stream) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -172,7 +173,7 @@ class Replay {
   const int device_;
 
   std::mutex mutex_;
-  bool failed_ = false;
+  std::atomic<bool> failed_ = false;
   std::atomic<bool> made_ = false;
   std::optional<Tensor> scratch_;
   cudaGraph_t graph_ = nullptr;
@@ -241,9 +242,13 @@ bool replay(const std::shared_ptr<const NetworkPlan>& plan, const Bases& bases, 
 ReplayTotals replay_totals() {
   Kept& all = kept();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  const auto made = std::count_if(all.replays.begin(), all.replays.end(),
-                                  [](const auto& r) { return r->is_made(); });
-  return {int64_t(made), scratch_of(all.replays)};
+  ReplayTotals totals{};
+  for (const auto& r : all.replays) {
+    if (!r->is_made()) continue;
+    ++totals.graphs;
+    totals.scratch_bytes += r->scratch_bytes();
+  }
+  return totals;
 }
 
 void drop_replays() {

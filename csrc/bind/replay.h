@@ -1,7 +1,6 @@
 // CUDA graphs of whole networks, kept so that a small batch costs one launch.
 #pragma once
 
-#include <functional>
 #include <memory>
 
 #include "bind/network_plan.h"

@@ -245,10 +245,10 @@ constexpr bool serves(const BlockKernel& k, const BlockProblem& p) {
 // The layout with the fewest products to spare; false if no instance serves the problem. packing.py
 // makes the same choice.
 constexpr bool choose_block_layout(const BlockProblem& p, BlockLayout& best) {
-  int least = 0;
+  int64_t least = 0;
   for (const BlockKernel& k : kBlockKernels) {
     if (!serves(k, p)) continue;
-    const int cost = block_detail::up(p.expanded, k.chunk) * (k.tiles + 8);
+    const int64_t cost = int64_t(ceil_div(p.expanded, k.chunk)) * k.chunk * (k.tiles + 8);
     if (least == 0 || cost < least || (cost == least && k.chunk < best.chunk)) {
       least = cost;
       best = {k.tiles, k.chunk};

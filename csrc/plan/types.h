@@ -8,10 +8,12 @@ namespace torch_mbv2 {
 
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 
-// a / b, rounded up; neither is negative.
+// a / b, rounded up; neither is negative. Right up to the largest `a`, as the sum is unsigned.
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> ceil_div(A a, B b) {
-  return (a + b - 1) / b;
+  using Result = std::common_type_t<A, B>;
+  using Unsigned = std::make_unsigned_t<Result>;
+  return Result((Unsigned(a) + Unsigned(b) - 1) / Unsigned(b));
 }
 
 constexpr int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }

@@ -193,6 +193,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("add", {"other": T((6,))}, "other must have the shape of input, (2, 6), got (6,)"),
     ("add", {"act_min": 2.0, "act_max": 1.0}, "act_min must not exceed act_max, got 2 and 1"),
     ("add", {"act_min": NAN, "act_max": 1.0}, "act_min must not exceed act_max, got nan and 1"),
+    ("add", {"act_min": NAN, "act_max": None}, "act_min must be a number or None, got nan"),
+    ("conv2d", {"act_min": None, "act_max": NAN}, "act_max must be a number or None, got nan"),
+    (
+        "inverted_residual",
+        {"act_min": NAN, "act_max": None},
+        "act_min must be a number or None, got nan",
+    ),
     (
         "add",
         {"act_min": INFINITY, "act_max": 1e-7},

@@ -3,6 +3,7 @@ arguments may have."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -110,6 +111,9 @@ def check_ints(op: str, name: str, values: Sequence[int], count: int, least: int
 def check_activation(op: str, act_min: float | None, act_max: float | None) -> None:
     if act_min is not None and act_max is not None and not act_min <= act_max:
         raise fail(op, f"act_min must not exceed act_max, got {act_min:g} and {act_max:g}")
+    for name, bound in (("act_min", act_min), ("act_max", act_max)):
+        if bound is not None and math.isnan(bound):
+            raise fail(op, f"{name} must be a number or None, got nan")
 
 
 def check_kernel_fits(

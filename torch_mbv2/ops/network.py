@@ -156,12 +156,10 @@ def parse(program: str) -> tuple[Step, ...]:
 
 
 def _source(steps: Sequence[Step], index: int) -> int:
-    """The value that a value is a view of."""
+    """The value that a value is a view of; 0 also stands for the weights."""
     while index > 0 and steps[index - 1].op in _VIEWS:
         (argument,) = steps[index - 1].arguments
-        if not isinstance(argument, Value):
-            break
-        index = argument.index
+        index = argument.index if isinstance(argument, Value) else 0
     return index
 
 
@@ -188,6 +186,25 @@ def _parse_step(number: int, line: str) -> Step:
     return Step(op, tuple(arguments))
 
 
+def _int(word: str) -> int:
+    """As C++'s from_chars reads it: digits alone, of 64 bits."""
+    value = int(word) if re.fullmatch(r"-?[0-9]+", word) else None
+    if value is None or not -(2**63) <= value < 2**63:
+        raise ValueError(word)
+    return value
+
+
+def _float(word: str) -> float:
+    if re.fullmatch(r"-?(inf|infinity|nan)", word, re.IGNORECASE):
+        return float(word)
+    match = re.fullmatch(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", word, re.IGNORECASE)
+    value = float(word) if match else math.nan
+    # Out of a double's range: infinite, or 0 where it is not.
+    if match is None or math.isinf(value) or (value == 0 and re.search("[1-9]", match[1])):
+        raise ValueError(word)
+    return value
+
+
 def _parse(word: str, kind: str, number: int, refuse: Callable[[str], RuntimeError]) -> Any:
     def parsed(read: Callable[[str], Any], part: str) -> Any:
         try:
@@ -203,11 +220,11 @@ def _parse(word: str, kind: str, number: int, refuse: Callable[[str], RuntimeErr
     if kind == "bool":
         return parsed(int, word) != 0
     if kind == "int":
-        return parsed(int, word)
+        return parsed(_int, word)
     if kind == "float":
-        return parsed(float, word)
+        return parsed(_float, word)
     if word.startswith("%"):
-        index = parsed(int, word[1:])
+        index = parsed(_int, word[1:])
         if not 0 <= index < number:
             raise refuse(f"there is no value {word} before it")
         return Value(index)

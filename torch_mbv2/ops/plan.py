@@ -50,17 +50,24 @@ def plan(
     program = Program()
     program.add(op, *[program.input] * len(sizes), *arguments)
     size = tuple(int(n) for n in sizes[0])
-    return _explained(program.text, size, dtype_name(dtype), torch.cuda.is_available())
+    return _explained(program.text, size, dtype_name(dtype), _current_device())
+
+
+def _current_device() -> int | None:
+    """The index of the current CUDA device, if there is one. Does not initialise CUDA."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
 
 
 @functools.lru_cache(maxsize=4096)
-def _explained(program: str, size: tuple[int, ...], dtype: str, here: bool) -> Plan:
+def _explained(program: str, size: tuple[int, ...], dtype: str, index: int | None) -> Plan:
     stride = torch.empty(
         size,
         device="meta",
         memory_format=torch.channels_last if len(size) == 4 else torch.contiguous_format,
     ).stride()
-    device = () if here else H100
+    device = H100 if index is None else ()  # the current one
     text = torch.ops.torch_mbv2.explain(program, size, stride, dtype, device)
     lines = [line.split(" ", 2) for line in text.splitlines()]
     reasons = [rest for _, word, rest in lines if word == "!"]
