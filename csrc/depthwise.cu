@@ -13,11 +13,13 @@
 #include "device/launch.cuh"
 #include "device/vector.cuh"
 #include "kernels.h"
+#include "plan/depthwise.h"
 
 namespace torch_mbv2 {
 namespace {
 
-constexpr int kThreads = 128;
+using plan::DepthwiseStrip;
+constexpr int kThreads = plan::kDepthwiseThreads;
 
 struct StripArgs {
   const void* input;
@@ -36,31 +38,6 @@ struct StripArgs {
     return {offsetof(StripArgs, input), offsetof(StripArgs, weight), offsetof(StripArgs, bias),
             offsetof(StripArgs, output)};
   }
-};
-
-// Sizes of depthwise_strip for an element type, a window of kK x kK and stride kS.
-//   kVec    channels of a thread
-//   kWidth  output columns of a thread
-//   kAhead  steps whose input is in flight or waiting in registers
-// Chosen for at most 168 registers, so that 12 or more warps fit an SM, with 96 to 128 bytes in
-// flight a thread.
-template <typename T, int kK, int kS>
-struct StripShape;
-template <typename T>
-struct StripShape<T, 3, 1> {
-  static constexpr int kVec = 4, kWidth = sizeof(T) == 2 ? 4 : 2, kAhead = 3;
-};
-template <typename T>
-struct StripShape<T, 3, 2> {
-  static constexpr int kVec = 4, kWidth = sizeof(T) == 2 ? 2 : 1, kAhead = 2;
-};
-template <typename T>
-struct StripShape<T, 5, 1> {
-  static constexpr int kVec = 2, kWidth = 4, kAhead = 1;
-};
-template <typename T>
-struct StripShape<T, 5, 2> {
-  static constexpr int kVec = 2, kWidth = 2, kAhead = 1;
 };
 
 // depthwise_strip: window kK x kK, stride kS, dilation 1.
@@ -217,35 +194,11 @@ __global__ void BOUNDS_WITHOUT_SPILLS(kThreads) depthwise_strip(const StripArgs 
   }
 }
 
-// Output rows of a run, given the strips of one output row of the whole batch (in threads).
-//
-// Model of the time of an SM, in steps of one thread: it works through `threads` threads in whole
-// thread blocks, each of rows + live - 1 steps after a start (indices, weights, first loads) worth
-// kStart steps; below kBusy threads it is latency that counts and fewer threads are no faster. Long
-// runs read the rows between runs less often; short ones spread a small batch over every SM.
-int choose_run_rows(int out_h, int64_t strips, int live, int sms) {
-  constexpr int64_t kStart = 2, kBusy = 256, kLongest = 28;
-  int best_rows = 1;
-  int64_t best_cost = INT64_MAX;
-  for (int64_t rows = 1; rows <= out_h && rows <= kLongest; ++rows) {
-    const int64_t runs = ceil_div<int64_t>(out_h, rows);
-    const int64_t blocks = ceil_div<int64_t>(strips * runs, kThreads);
-    const int64_t threads = ceil_div<int64_t>(blocks, sms) * kThreads;
-    const int64_t cost = (kStart + rows + live - 1) * (threads > kBusy ? threads : kBusy);
-    if (cost < best_cost) {
-      best_cost = cost;
-      best_rows = static_cast<int>(rows);
-    }
-  }
-  return best_rows;
-}
-
-template <typename T, int kK, int kS, int kVec, int kWidth, int kAhead>
-cudaError_t launch_strip(const ConvParams& p, LaunchQueue& queue) {
-  const int64_t vectors = p.out_channels / kVec;
-  const int64_t strips = ceil_div(p.out_w, kWidth);
-  const int run_rows = choose_run_rows(p.out_h, p.batch * strips * vectors, (kK + kS - 1) / kS,
-                                       queue.device().multiprocessors);
+template <typename T, int kK, int kS>
+cudaError_t launch_strip(const ConvParams& p, int run_rows, LaunchQueue& queue) {
+  constexpr DepthwiseStrip kStrip = plan::depthwise_strip(kK, kS, dtype_of<T>);
+  const int64_t vectors = p.out_channels / kStrip.vector;
+  const int64_t strips = ceil_div(p.out_w, kStrip.width);
   const int64_t runs = ceil_div(p.out_h, run_rows);
   const int64_t in_image = static_cast<int64_t>(p.height) * p.width * p.in_channels;
   const int64_t out_image = static_cast<int64_t>(p.out_h) * p.out_w * p.out_channels;
@@ -269,7 +222,8 @@ cudaError_t launch_strip(const ConvParams& p, LaunchQueue& queue) {
     a.runs = Divider(static_cast<uint32_t>(runs));
     a.act = p.act;
     const unsigned blocks = ceil_div<uint32_t>(a.items, kThreads);
-    return launch_kernel({"conv_depthwise"}, depthwise_strip<T, kK, kS, kVec, kWidth, kAhead>,
+    return launch_kernel({"conv_depthwise"},
+                         depthwise_strip<T, kK, kS, kStrip.vector, kStrip.width, kStrip.ahead>,
                          blocks, kThreads, 0, queue, a);
   });
 }
@@ -354,30 +308,36 @@ cudaError_t launch_any(const ConvParams& p, LaunchQueue& queue) {
   });
 }
 
-template <typename T, int kK, int kS>
-cudaError_t launch_shape(const ConvParams& p, LaunchQueue& queue) {
-  using Shape = StripShape<T, kK, kS>;
-  return launch_strip<T, kK, kS, Shape::kVec, Shape::kWidth, Shape::kAhead>(p, queue);
-}
-
 }  // namespace
 
 cudaError_t conv_depthwise(const ConvParams& p, LaunchQueue& queue) {
   if (p.batch <= 0 || p.out_h <= 0 || p.out_w <= 0 || p.out_channels <= 0) return cudaSuccess;
+  const plan::DepthwisePlan plan =
+      plan::plan_depthwise({.batch = p.batch,
+                            .out_h = p.out_h,
+                            .out_w = p.out_w,
+                            .channels = p.out_channels,
+                            .kernel_h = p.kernel_h,
+                            .kernel_w = p.kernel_w,
+                            .stride_h = p.stride_h,
+                            .stride_w = p.stride_w,
+                            .dilation_h = p.dilation_h,
+                            .dilation_w = p.dilation_w,
+                            .aligned = is_aligned16(p.input) && is_aligned16(p.weight) &&
+                                       is_aligned16(p.bias) && is_aligned16(p.output),
+                            .dtype = p.dtype},
+                           queue.device());
   return dispatch(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int kVec = kVecSize<T>;
-    if (p.out_channels % kVec != 0 || !is_aligned16(p.input) || !is_aligned16(p.weight) ||
-        !is_aligned16(p.bias) || !is_aligned16(p.output)) {
-      return launch_any<T, 1>(p, queue);
+    if (!plan.strips) {
+      return plan.vectors ? launch_any<T, kVecSize<T>>(p, queue) : launch_any<T, 1>(p, queue);
     }
-    const bool square = p.kernel_h == p.kernel_w && p.stride_h == p.stride_w && p.dilation_h == 1 &&
-                        p.dilation_w == 1;
-    if (square && p.kernel_h == 3 && p.stride_h == 1) return launch_shape<T, 3, 1>(p, queue);
-    if (square && p.kernel_h == 3 && p.stride_h == 2) return launch_shape<T, 3, 2>(p, queue);
-    if (square && p.kernel_h == 5 && p.stride_h == 1) return launch_shape<T, 5, 1>(p, queue);
-    if (square && p.kernel_h == 5 && p.stride_h == 2) return launch_shape<T, 5, 2>(p, queue);
-    return launch_any<T, kVec>(p, queue);
+    if (p.kernel_h == 3) {
+      return p.stride_h == 1 ? launch_strip<T, 3, 1>(p, plan.run_rows, queue)
+                             : launch_strip<T, 3, 2>(p, plan.run_rows, queue);
+    }
+    return p.stride_h == 1 ? launch_strip<T, 5, 1>(p, plan.run_rows, queue)
+                           : launch_strip<T, 5, 2>(p, plan.run_rows, queue);
   });
 }
 

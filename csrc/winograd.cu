@@ -16,33 +16,14 @@
 #include "device/element.cuh"
 #include "device/launch.cuh"
 #include "kernels.h"
+#include "plan/winograd.h"
 
 namespace torch_mbv2 {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kChunkBytes = int64_t(256) << 20;
-
-struct Plan {
-  int tiles_h, tiles_w;
-  int64_t tiles;                                     // of the whole batch
-  int64_t chunk;                                     // tiles worked off at a time
-  int64_t weight_bytes, input_bytes, product_bytes;  // U, V and M of a chunk
-};
-
-int64_t align(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
-
-Plan make_plan(const ConvParams& p) {
-  Plan plan{};
-  plan.tiles_h = ceil_div(p.out_h, 2);
-  plan.tiles_w = ceil_div(p.out_w, 2);
-  plan.tiles = p.batch * plan.tiles_h * plan.tiles_w;
-  const int64_t tile_bytes = int64_t(16 * 4) * (int64_t(p.in_channels) + p.out_channels);
-  plan.chunk = std::min(plan.tiles, std::max<int64_t>(kChunkBytes / tile_bytes, 128));
-  plan.weight_bytes = align(int64_t(16 * 4) * p.out_channels * p.in_channels);
-  plan.input_bytes = align(int64_t(16 * 4) * plan.chunk * p.in_channels);
-  plan.product_bytes = align(int64_t(16 * 4) * plan.chunk * p.out_channels);
-  return plan;
+plan::WinogradPlan plan_of(const ConvParams& p) {
+  return plan::plan_winograd({p.batch, p.out_h, p.out_w, p.in_channels, p.out_channels});
 }
 
 // The tiles [first, first + count) of the batch, numbered image, row, column.
@@ -191,13 +172,13 @@ unsigned blocks_of(int64_t items) { return unsigned(ceil_div<int64_t>(items, kTh
 }  // namespace
 
 int64_t conv_winograd_workspace(const ConvParams& p) {
-  const Plan plan = make_plan(p);
+  const plan::WinogradPlan plan = plan_of(p);
   return plan.weight_bytes + plan.input_bytes + plan.product_bytes;
 }
 
 cudaError_t conv_winograd(const ConvParams& p, void* workspace, LaunchQueue& to) {
   FamilyQueue queue("conv_winograd", to);
-  const Plan plan = make_plan(p);
+  const plan::WinogradPlan plan = plan_of(p);
   if (plan.tiles == 0 || p.out_channels == 0) return cudaSuccess;
   char* const base = static_cast<char*>(workspace);
   float* const u = reinterpret_cast<float*>(base);

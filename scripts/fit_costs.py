@@ -189,7 +189,8 @@ def build_model() -> Path:
 
 
 def _digest(flags: Iterable[str], sources: Iterable[Path]) -> str:
-    """Of all that a program is made from: its name says whether it is up to date."""
+    """Of the sources and flags that a program is made from: its name says whether it is up to date.
+    (Not of the compiler: the program also runs where there is none.)"""
     digest = hashlib.sha256("\0".join(flags).encode())
     for file in sorted(_included(sources)):
         digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())

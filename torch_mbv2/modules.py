@@ -115,6 +115,10 @@ def _batched(input: Tensor) -> Tensor:
     return input.unsqueeze(0) if input.dim() == 3 else input
 
 
+def _fit(x: Tensor, memory: Tensor) -> bool:
+    return x.shape == memory.shape and x.device == memory.device
+
+
 def _frozen(x: Tensor | None) -> nn.Parameter | None:
     return None if x is None else nn.Parameter(x.detach().clone(), requires_grad=False)
 
@@ -550,16 +554,11 @@ class _FusedBlock(Swapped):
         """Put `packed` where the old one is, if that is possible: graphs that users captured read
         there."""
         old = self.packed
-        alike = (
-            old is not None
-            and packed is not None
-            and (old.shape, old.device) == (packed.shape, packed.device)
-        )
-        if not alike:
+        if packed is not None and old is not None and _fit(packed, old):
+            with torch.inference_mode(old.is_inference()):
+                old.copy_(packed)
+        else:
             self.packed = packed
-            return
-        with torch.inference_mode(old.is_inference()):
-            old.copy_(packed)
 
     def _pack(self) -> Tensor | None:
         raise NotImplementedError

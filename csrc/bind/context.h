@@ -1,5 +1,6 @@
 // Where an op runs: who makes its memory and takes its launches. The same op runs at once on
-// tensors (tensors.h), is recorded as a part of a network, or tells what it would do (network.cpp).
+// tensors (tensors.h), is recorded as a part of a network, or tells what it would do
+// (network_plan.cpp).
 #pragma once
 
 #include "bind/checks.h"

@@ -34,14 +34,7 @@ cudaError_t run_gemm(const ConvParams& p, LaunchQueue& queue) {
               queue);
 }
 
-}  // namespace
-
-int64_t image_span(const Value& x) {
-  int64_t last = 0;
-  for (const int dim : {1, 2, 3}) last += (x.size(dim) - 1) * x.stride(dim);
-  return last;
-}
-
+// Checks all arguments of a convolution; its parameters, without pointers and strides.
 ConvParams conv_params(const char* op, const Value& input, const Value& weight,
                        const std::optional<Value>& bias, const Ints& stride, const Ints& padding,
                        const Ints& dilation, int64_t groups, Bound act_min, Bound act_max) {
@@ -95,6 +88,7 @@ ConvParams conv_params(const char* op, const Value& input, const Value& weight,
   return p;
 }
 
+// Runs what `p` and `weight`, `bias` say on the kernel for dense 3x3 convolutions of stride 1.
 Value run_winograd(const char* op, Context& context, ConvParams p, const Value& input,
                    const Value& weight, const std::optional<Value>& bias) {
   const Value output = make_output(context, p, input);
@@ -111,23 +105,31 @@ Value run_winograd(const char* op, Context& context, ConvParams p, const Value& 
   return output;
 }
 
+}  // namespace
+
+int64_t image_span(const Value& x) {
+  int64_t last = 0;
+  for (const int dim : {1, 2, 3}) last += (x.size(dim) - 1) * x.stride(dim);
+  return last;
+}
+
 Value conv2d(Context& context, Value input, Value weight, std::optional<Value> bias, Ints stride,
              Ints padding, Ints dilation, int64_t groups, Bound act_min, Bound act_max) {
   const char* op = "conv2d";
   ConvParams p =
       conv_params(op, input, weight, bias, stride, padding, dilation, groups, act_min, act_max);
-  const plan::ConvolutionKernel kernel =
-      plan::plan_convolution({.in_channels = p.in_channels,
-                              .out_channels = p.out_channels,
-                              .groups = p.groups,
-                              .kernel_h = p.kernel_h,
-                              .kernel_w = p.kernel_w,
-                              .stride_h = p.stride_h,
-                              .stride_w = p.stride_w,
-                              .dilation_h = p.dilation_h,
-                              .dilation_w = p.dilation_w,
-                              .padded = padding != Ints{0, 0, 0, 0},
-                              .dtype = p.dtype});
+  const plan::ConvolutionProblem problem = {.in_channels = p.in_channels,
+                                            .out_channels = p.out_channels,
+                                            .groups = p.groups,
+                                            .kernel_h = p.kernel_h,
+                                            .kernel_w = p.kernel_w,
+                                            .stride_h = p.stride_h,
+                                            .stride_w = p.stride_w,
+                                            .dilation_h = p.dilation_h,
+                                            .dilation_w = p.dilation_w,
+                                            .padded = padding != Ints{0, 0, 0, 0},
+                                            .dtype = p.dtype};
+  const plan::ConvolutionKernel kernel = plan::plan_convolution(problem);
   if (kernel == plan::ConvolutionKernel::kWinograd) {
     return run_winograd(op, context, p, input, weight, bias);
   }
@@ -138,10 +140,7 @@ Value conv2d(Context& context, Value input, Value weight, std::optional<Value> b
   p.output = output.data;
   weight = context.dense(weight, Layout::kChannelsLast);
   p.weight = weight.data;
-  // A few input channels are gathered one by one in any case, so they need no copy.
-  if (kernel == plan::ConvolutionKernel::kImplicitGemm &&
-      image_span(input) < std::numeric_limits<int32_t>::max() &&
-      (p.in_channels / p.groups < 8 || input.stride(1) == 1)) {
+  if (plan::reads_in_place(problem, kernel, image_span(input), input.stride(1) == 1)) {
     set_input(p, input);
   } else {
     input = context.dense(input, Layout::kChannelsLast);

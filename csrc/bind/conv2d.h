@@ -5,11 +5,6 @@
 
 namespace torch_mbv2::bind {
 
-// Checks all arguments of a convolution; its parameters, without pointers and strides.
-ConvParams conv_params(const char* op, const Value& input, const Value& weight,
-                       const std::optional<Value>& bias, const Ints& stride, const Ints& padding,
-                       const Ints& dilation, int64_t groups, Bound act_min, Bound act_max);
-
 // Elements from the first to the last of one image of a (N, C, H, W) tensor of any strides.
 int64_t image_span(const Value& x);
 
@@ -22,9 +17,5 @@ Value inverted_residual(Context& context, Value input, std::optional<Value> expa
 Value add(Context& context, Value input, Value other, Bound act_min, Bound act_max);
 Value conv2d(Context& context, Value input, Value weight, std::optional<Value> bias, Ints stride,
              Ints padding, Ints dilation, int64_t groups, Bound act_min, Bound act_max);
-
-// Runs what `p` and `weight`, `bias` say on the kernel for dense 3x3 convolutions of stride 1.
-Value run_winograd(const char* op, Context& context, ConvParams p, const Value& input,
-                   const Value& weight, const std::optional<Value>& bias);
 
 }  // namespace torch_mbv2::bind

@@ -118,14 +118,9 @@ std::string explain(std::string program, Ints size, Ints stride, std::string dty
     fail(op, "device must have 4 values, of which the second is at least 1, or none, got ",
          tuple(device));
   }
-  Value x{ScalarType::Float, 0, std::move(size), std::move(stride), nullptr, -1};
-  if (dtype == "float16") {
-    x.type = ScalarType::Half;
-  } else if (dtype == "bfloat16") {
-    x.type = ScalarType::BFloat16;
-  } else if (dtype != "float32") {
-    fail(op, "dtype must be float32, float16 or bfloat16, got ", dtype);
-  }
+  const auto type = type_called(dtype);
+  if (!type) fail(op, "dtype must be float32, float16 or bfloat16, got ", dtype);
+  const Value x{*type, 0, std::move(size), std::move(stride), nullptr, -1};
   const Device target =
       device.empty() ? current_device()
                      : Device{int(device[0]), int(device[1]), int(device[2]), int(device[3])};

@@ -105,15 +105,9 @@ class StepReader {
     Value x{};
     x.device = weights_.device;
     x.handle = -1;
-    if (parts[1] == "float32") {
-      x.type = ScalarType::Float;
-    } else if (parts[1] == "float16") {
-      x.type = ScalarType::Half;
-    } else if (parts[1] == "bfloat16") {
-      x.type = ScalarType::BFloat16;
-    } else {
-      refuse(no_weight);
-    }
+    const auto type = type_called(parts[1]);
+    if (!type) refuse(no_weight);
+    x.type = *type;
     const auto sizes = split(parts[2], 'x');
     if (sizes.size() > 4) refuse(no_weight);
     __int128 bytes = element_size(x.type);

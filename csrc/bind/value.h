@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "plan/types.h"
@@ -73,7 +74,13 @@ inline bool is_dense(const Value& x, Layout layout) {
   return true;
 }
 
-inline bool is_aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+// By the name that programs have for it.
+inline std::optional<ScalarType> type_called(std::string_view name) {
+  if (name == "float32") return ScalarType::Float;
+  if (name == "float16") return ScalarType::Half;
+  if (name == "bfloat16") return ScalarType::BFloat16;
+  return std::nullopt;
+}
 
 inline DType dtype_of(const Value& x) {
   switch (x.type) {

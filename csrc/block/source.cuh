@@ -193,8 +193,7 @@ __device__ __forceinline__ void load_image(const BlockArgs& a, const SharedMemor
 
 // ---------------------------------------------------------------------------- Maps
 
-// Source pixels of at most this many units are copied by one thread each.
-constexpr int kFewUnits = 4;
+using plan::kFewUnits;
 
 template <typename Instance>
 __device__ __forceinline__ bool has_few_units(const BlockArgs& a) {

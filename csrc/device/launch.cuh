@@ -59,10 +59,8 @@ cudaError_t launch_kernel(const About& about, void (*kernel)(Params...), dim3 gr
   launch.grid = grid;
   launch.block = block;
   launch.early = device.is_hopper_or_newer();
-  // No more thread blocks than multiprocessors: one for each. A kernel that starts while the one
-  // before it still fills most of them would otherwise crowd into those that are free.
-  if (launch.early && int64_t(grid.x) * grid.y * grid.z <= device.multiprocessors) {
-    shared_bytes = std::max(shared_bytes, size_t(device.shared_per_multiprocessor / 2));
+  if (int64_t(grid.x) * grid.y * grid.z <= device.multiprocessors) {
+    shared_bytes = std::max(shared_bytes, size_t(device.shared_if_alone()));
   }
   launch.shared_bytes = shared_bytes;
   (launch.add<Params>(args), ...);

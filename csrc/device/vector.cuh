@@ -8,8 +8,6 @@
 
 namespace torch_mbv2 {
 
-inline bool is_aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 // kSize elements moved by one access of up to 16 bytes.
 template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize) Vec {

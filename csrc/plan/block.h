@@ -103,14 +103,16 @@ struct BlockKernel {
   int rows, cols = 1;      // a warp makes 2 * rows rows of 8 * cols pixels, a lane cols neighbours
   int chunk;               // expanded channels at a time
   bool image = false;      // the source is an image
-  bool resident = false;   // at most 4 units of 8 source channels
+  bool resident = false;   // at most kFewUnits of the source
   bool pipelined = false;  // a warp starts on its next channels meanwhile, which takes registers
   int pixel_tiles = 1;     // of 16 source pixels that share a read of the expansion's weights
   int warps = 8;           // at most, of a thread block
   int min_blocks = 2;      // thread blocks that a multiprocessor must have registers for
   int window = 3;          // of the depthwise convolution
 };
-constexpr int kResidentUnits = 4;
+// Of 8 source channels: pixels of so many are copied by one thread each, and a warp can keep the
+// weights of their expansion in registers.
+constexpr int kFewUnits = 4;
 constexpr BlockKernel kBlockKernels[] = {
     // stride 1, few channels: early blocks
     {.stride = 1, .tiles = 2, .rows = 2, .chunk = 48, .resident = true},
@@ -239,7 +241,7 @@ constexpr bool serves(const BlockKernel& k, const BlockProblem& p) {
   const int tiles = ceil_div(p.out_channels / kUnitChannels, slices);
   return k.stride == p.stride_h && k.window == p.window_h && k.image == p.image &&
          k.tiles >= tiles &&
-         (k.image || !k.resident || p.source_channels <= kResidentUnits * kUnitChannels);
+         (k.image || !k.resident || p.source_channels <= kFewUnits * kUnitChannels);
 }
 
 // The layout with the fewest products to spare; false if no instance serves the problem. packing.py
@@ -485,12 +487,9 @@ inline bool set_storage(const BlockProblem& p, const Device& device, BlockTile& 
     if (s.bytes <= device.shared_per_block) break;
   }
   t.shared_bytes = s.bytes;
-  // Where every thread block starts at once, one for each multiprocessor, as launch_kernel has it
-  // for all other kernels. (Not for larger clusters, which would wait for each other: they do not
-  // fill every group of multiprocessors.)
-  if (t.cut.splits <= 2 && t.one_round && device.is_hopper_or_newer()) {
-    t.shared_bytes = std::max(
-        t.shared_bytes, std::min(device.shared_per_block, device.shared_per_multiprocessor / 2));
+  // (Larger clusters would wait for each other: they do not fill every group of multiprocessors.)
+  if (t.cut.splits <= 2 && t.one_round) {
+    t.shared_bytes = std::max(t.shared_bytes, device.shared_if_alone());
   }
   return s.stages > 0;
 }
@@ -520,7 +519,7 @@ inline BlockWork count_work(const BlockProblem& p, const BlockCosts& costs, cons
   const double pieces = images * image_rows(t.halo_h) * (t.storage.image_row / kUnitBytes);
   const double fill = pixels / 32.0 * costs.fill_pixel +
                       (k.image ? pieces / 32.0 * costs.fill_image : 0.0) +
-                      (units > kResidentUnits ? pixels * units / 32.0 * costs.fill_unit : 0.0);
+                      (units > kFewUnits ? pixels * units / 32.0 * costs.fill_unit : 0.0);
   const double around = costs.around + out_tiles * 2 * groups * costs.output_group;
   const int rounds = ceil_div(t.source_rows / 16 / k.pixel_tiles, warps);  // of the busiest warp
   const int chunks = ceil_div(t.chunks, t.cut.splits);

@@ -1,6 +1,8 @@
 // Which kernel a convolution runs on: a pure host function, no CUDA needed.
 #pragma once
 
+#include <cstdint>
+
 #include "plan/types.h"
 
 namespace torch_mbv2::plan {
@@ -31,6 +33,16 @@ inline ConvolutionKernel plan_convolution(const ConvolutionProblem& p) {
   const bool winograd = p.kernel_h == 3 && p.kernel_w == 3 && dense && p.in_channels >= 64 &&
                         p.out_channels >= 64 && p.dtype == DType::kFloat32;
   return winograd ? ConvolutionKernel::kWinograd : ConvolutionKernel::kImplicitGemm;
+}
+
+// Whether the kernel reads an input of any strides, of which one image spans `image_span` elements,
+// as it is; otherwise it is copied. Channels that lie apart are gathered one by one, which costs
+// nothing where there are few: then they are in any case.
+inline bool reads_in_place(const ConvolutionProblem& p, ConvolutionKernel kernel,
+                           int64_t image_span, bool dense_channels) {
+  constexpr int kFewChannels = 8;
+  return kernel == ConvolutionKernel::kImplicitGemm && image_span < INT32_MAX &&
+         (dense_channels || p.in_channels / p.groups < kFewChannels);
 }
 
 }  // namespace torch_mbv2::plan

@@ -1,5 +1,6 @@
 // Prints which kernel a convolution runs on, of which the arguments NAME=VALUE change one thing
-// each.
+// each; with "span" or "apart" also whether an input that spans so many elements, or whose channels
+// lie apart, is read in place or copied.
 #include "plan/convolution.h"
 
 #include <cstdio>
@@ -24,6 +25,7 @@ int main(int argc, char** argv) {
                           .dilation_w = 1,
                           .padded = true,
                           .dtype = DType::kFloat32};
+  int span = -1, apart = -1;
   const std::map<std::string, std::function<void(int)>> settings = {
       {"in", [&](int v) { p.in_channels = v; }},
       {"out", [&](int v) { p.out_channels = v; }},
@@ -35,11 +37,18 @@ int main(int argc, char** argv) {
       {"dilation_h", [&](int v) { p.dilation_h = v; }},
       {"padded", [&](int v) { p.padded = v != 0; }},
       {"dtype", [&](int v) { p.dtype = DType(v); }},
+      {"span", [&](int v) { span = v; }},
+      {"apart", [&](int v) { apart = v; }},
   };
   for (int i = 1; i < argc; ++i) {
     const char* const value = std::strchr(argv[i], '=');
     settings.at(std::string(argv[i], size_t(value - argv[i])))(std::atoi(value + 1));
   }
   constexpr const char* kNames[] = {"gemm", "depthwise", "winograd", "implicit_gemm"};
-  std::printf("%s\n", kNames[int(plan_convolution(p))]);
+  const ConvolutionKernel kernel = plan_convolution(p);
+  std::printf("%s\n", kNames[int(kernel)]);
+  if (span >= 0 || apart >= 0) {
+    std::puts(reads_in_place(p, kernel, span < 0 ? 1000 : span, apart <= 0) ? "in place"
+                                                                            : "copied");
+  }
 }

@@ -37,3 +37,22 @@ FLOAT16, BFLOAT16 = 1, 2
 def test_runs_on(build, settings, kernel):
     arguments = [f"{name}={value}" for name, value in settings.items()]
     assert build("convolution", *arguments) == f"{kernel}\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "how"),
+    [
+        ({"stride": 2, "span": 1000}, "in place"),
+        ({"stride": 2, "apart": 1}, "copied"),
+        ({"stride": 2, "apart": 1, "in": 7}, "in place"),
+        ({"stride": 2, "apart": 1, "groups": 16}, "in place"),
+        ({"stride": 2, "span": 2**31 - 1}, "copied"),  # beyond the kernel's offsets
+        ({"stride": 2, "span": 2**31 - 1, "in": 3}, "copied"),
+        ({"span": 1000}, "copied"),  # winograd takes dense input
+        ({**DENSE_1X1, "span": 1000}, "copied"),
+    ],
+    ids=str,
+)
+def test_reads_in_place(build, settings, how):
+    arguments = [f"{name}={value}" for name, value in settings.items()]
+    assert build("convolution", *arguments).splitlines()[1] == how
