@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -270,6 +273,88 @@ def test_parts_of_a_sequential_run_their_layers():
     fast = torch_mbv2.patch(stock)
     part = fast[:4]
     torch.testing.assert_close(part(images()), stock[:4](images()), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------- what it is made of
+
+
+@pytest.fixture
+def network(monkeypatch) -> chains.Network:
+    """A chain that calls the op on a CPU, too, on parameters that count versions."""
+    monkeypatch.setattr(chains.Network, "_is_one_call", lambda self, input: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with torch.inference_mode(False):
+        fast = torch_mbv2.patch(small_net())
+        network = vars(fast)["torch_mbv2_network_0"].__self__
+    network.fast = (fast,)  # for as long as it is used
+    return network
+
+
+@torch.no_grad()
+def test_one_thread_makes_the_weights(network, monkeypatch):
+    """Kernels that one thread launched may still read what another one would replace."""
+    made, make = [], chains.Network._make
+
+    def slowly(self: chains.Network, input: Tensor) -> None:
+        made.append(threading.get_ident())
+        time.sleep(0.05)
+        make(self, input)
+
+    monkeypatch.setattr(chains.Network, "_make", slowly)
+    x = images()
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(network, [x] * 4))
+    assert len(made) == 1
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
+    network.layers_in_order()[-1].weight.mul_(2)
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(network, [x] * 4))
+    assert len(made) == 2
+    assert all(torch.equal(out, network.run_layers(x)) for out in outputs)
+
+
+@torch.no_grad()
+def test_memory_of_another_device_is_not_used_again(network):
+    network(images())
+    memory = network.memory
+    network.__dict__["memory"] = torch.empty_like(memory, device="meta")
+    network.forget()
+    network(images())
+    assert network.memory.device == memory.device
+    assert torch.equal(network.memory, memory)
+
+
+@torch.no_grad()
+def test_what_was_refused_is_tried_again_with_other_weights(network):
+    """As a float16 image is, when a float32 model has become one of float16."""
+    network(images())
+    network.refused.add(chains._kind_of(images()))
+    network.forget()
+    network(images())
+    assert not network.refused
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["in place", "replaced"])
+def test_a_network_follows_edited_blocks(network, change):
+    (fast,) = network.fast
+    fast.half()
+    x = images().half()
+    block = next(m for m in network.layers_in_order() if m.kind == "inverted_residual")
+    before, packed = network(x), block.packed.clone()
+    if change == "in place":
+        block.project_weight.mul_(2)
+    else:
+        block.project_weight = nn.Parameter(block.project_weight * 2, requires_grad=False)
+    after = network(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, network.run_layers(x))
+    assert not torch.equal(block.packed, packed)
+    # What the op reads holds the new packed weights, and no longer the old ones.
+    held = network.memory.cpu().numpy().tobytes()
+    new, old = (x.contiguous().view(torch.uint8).numpy().tobytes() for x in (block.packed, packed))
+    assert new in held
+    assert old not in held
 
 
 def test_a_layer_is_copied_without_its_chain():
