@@ -167,11 +167,11 @@ class Network(Swapped):
         sources = Sources(self.layers_in_order())
         with torch.inference_mode(False), torch.no_grad():
             weights = self.program(input).weights()
+            # In the same place where that is possible: graphs that users captured read there.
+            old = self.memory
+            if old is not None and (old.shape, old.device) == (weights.shape, weights.device):
+                weights = old.copy_(weights)
             if weights.is_cuda:
-                # In the same place where that is possible: graphs that users captured read there.
-                old = self.memory
-                if old is not None and (old.shape, old.device) == (weights.shape, weights.device):
-                    weights = old.copy_(weights)
                 # Other streams and threads may read them from now on.
                 torch.cuda.current_stream(weights.device).synchronize()
         self.__dict__.update(memory=weights, sources=sources)
