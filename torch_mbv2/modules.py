@@ -535,7 +535,8 @@ class _FusedBlock(Swapped):
 
     def _packed_now(self) -> Tensor | None:
         """`packed`, made anew if a parameter was edited or replaced; None, with which the op reads
-        the parameters themselves, if that is impossible for now."""
+        the parameters themselves, if that is impossible for now. (torch.compile and export take it
+        as the last call left it: they cannot trace this.)"""
         if torch.compiler.is_compiling() or self.sources.are_as_they_were():
             return self.packed
         if self.project_weight.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -1,13 +1,9 @@
 // Prints the plan of an inverted residual, of which the arguments NAME=VALUE change one thing each:
 // "fused", its clocks and its cut, or why not. It is compiled and run by test_block.py.
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <map>
-#include <string>
 
 #include "plan/architecture.h"
+#include "settings.h"
 
 using namespace torch_mbv2;
 using namespace torch_mbv2::plan;
@@ -30,7 +26,7 @@ int main(int argc, char** argv) {
   BlockCosts costs = architecture_of(device.arch).block;
   BlockCut cut{};
   bool forced = false;
-  const std::map<std::string, std::function<void(double)>> settings = {
+  const Settings settings = {
       {"dtype", [&](double v) { p.dtype = DType(int(v)); }},
       {"kind", [&](double v) { p.activation.kind = Activation::Kind(int(v)); }},
       {"lo", [&](double v) { p.activation.lo = float(v); }},
@@ -56,16 +52,7 @@ int main(int argc, char** argv) {
       {"images", [&](double v) { cut.images = int(v); }},
       {"splits", [&](double v) { cut.splits = int(v); }},
   };
-  for (int i = 1; i < argc; ++i) {
-    char* const value = std::strchr(argv[i], '=');
-    const auto found =
-        value == nullptr ? settings.end() : settings.find(std::string(argv[i], value));
-    if (found == settings.end()) {
-      std::fprintf(stderr, "no such setting: %s\n", argv[i]);
-      return 2;
-    }
-    found->second(std::atof(value + 1));
-  }
+  apply(settings, argc, argv);
   const BlockPlan plan = forced ? plan_block(p, device, cut, costs) : plan_block(p, device, costs);
   if (!plan.fused) {
     std::printf("%s\n", plan.reason.c_str());

@@ -4,11 +4,8 @@
 #include "plan/convolution.h"
 
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <map>
-#include <string>
+
+#include "settings.h"
 
 using namespace torch_mbv2;
 using namespace torch_mbv2::plan;
@@ -26,7 +23,7 @@ int main(int argc, char** argv) {
                           .padded = true,
                           .dtype = DType::kFloat32};
   int span = -1, apart = -1;
-  const std::map<std::string, std::function<void(int)>> settings = {
+  const Settings settings = {
       {"in", [&](int v) { p.in_channels = v; }},
       {"out", [&](int v) { p.out_channels = v; }},
       {"groups", [&](int v) { p.groups = v; }},
@@ -40,10 +37,7 @@ int main(int argc, char** argv) {
       {"span", [&](int v) { span = v; }},
       {"apart", [&](int v) { apart = v; }},
   };
-  for (int i = 1; i < argc; ++i) {
-    const char* const value = std::strchr(argv[i], '=');
-    settings.at(std::string(argv[i], size_t(value - argv[i])))(std::atoi(value + 1));
-  }
+  apply(settings, argc, argv);
   constexpr const char* kNames[] = {"gemm", "depthwise", "winograd", "implicit_gemm"};
   const ConvolutionKernel kernel = plan_convolution(p);
   std::printf("%s\n", kNames[int(kernel)]);

@@ -3,11 +3,8 @@
 #include "plan/depthwise.h"
 
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <map>
-#include <string>
+
+#include "settings.h"
 
 using namespace torch_mbv2;
 using namespace torch_mbv2::plan;
@@ -26,7 +23,7 @@ int main(int argc, char** argv) {
                         .aligned = true,
                         .dtype = DType::kFloat16};
   Device device = {900, 132, 232448, 233472};
-  const std::map<std::string, std::function<void(int)>> settings = {
+  const Settings settings = {
       {"batch", [&](int v) { p.batch = v; }},
       {"size", [&](int v) { p.out_h = p.out_w = v; }},
       {"channels", [&](int v) { p.channels = v; }},
@@ -39,10 +36,7 @@ int main(int argc, char** argv) {
       {"dtype", [&](int v) { p.dtype = DType(v); }},
       {"multiprocessors", [&](int v) { device.multiprocessors = v; }},
   };
-  for (int i = 1; i < argc; ++i) {
-    const char* const value = std::strchr(argv[i], '=');
-    settings.at(std::string(argv[i], size_t(value - argv[i])))(std::atoi(value + 1));
-  }
+  apply(settings, argc, argv);
   const DepthwisePlan plan = plan_depthwise(p, device);
   if (plan.strips) {
     std::printf("strips %d\n", plan.run_rows);

@@ -216,9 +216,9 @@ def _parse(word: str, kind: str, number: int, refuse: Callable[[str], RuntimeErr
         return None
     kind = kind.removeprefix("Optional[").removesuffix("]") if "Optional" in kind else kind
     if kind == "List[int]":
-        return [parsed(int, part) for part in word.split(",")]
+        return [parsed(_int, part) for part in word.split(",")]
     if kind == "bool":
-        return parsed(int, word) != 0
+        return parsed(_int, word) != 0
     if kind == "int":
         return parsed(_int, word)
     if kind == "float":
